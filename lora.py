@@ -1,0 +1,258 @@
+"""Low-rank adapters by hand (Hu et al. 2021, arXiv 2106.09685): a frozen matrix W learns a correction of rank r.
+
+    y = x W^T + (alpha / r) (x A^T) B^T          A (r, in) random,  B (out, r) zero:  at the first step y is bit for bit x W^T
+
+              x --------- W (frozen) ---------- + -- y
+               \\--- A (r x in) --- B (out x r) --/
+
+Adapters have names, and several of them live on one base. This is what makes PPO affordable: policy, value and reward
+are three adapters over the same frozen weights, and the reference model is the base with no adapter at all.
+
+    lora.apply(model, r=16, alpha=32, name="policy")
+    with lora.use(model, "policy"):  logits = model(ids)       # policy
+    with lora.use(model, None):      logits = model(ids)       # reference, exactly the weights that were loaded
+
+The base may be bf16 while A and B stay fp32: they are what the optimiser moves. Files are PEFT's, in and out.
+"""
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common import UserError
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Switch:
+    """Which adapter is on: one object, shared by all linears of a model."""
+    active: str | None = None
+
+
+class LoRALinear(nn.Linear):
+    """nn.Linear with adapters beside it. Its own keys stay `weight` and `bias`, so checkpoints do not notice."""
+    def __init__(self, linear: nn.Linear, switch: Switch):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias          # the very same tensors, nothing is copied
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scale: dict[str, float] = {}
+        self.switch = switch
+        self.merged: str | None = None                               # the adapter that `weight` contains just now
+        self.original: Tensor | None = None                          # and the weight without it, to restore exactly
+
+    def add(self, name: str, r: int, scale: float) -> None:
+        device = self.weight.device
+        A = torch.empty(r, self.in_features, device=device, dtype=torch.float32)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))                  # uniform in +-1/sqrt(in), as for a fresh nn.Linear
+        self.lora_A[name] = nn.Parameter(A)
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=torch.float32))
+        self.scale[name] = scale
+
+    def delta(self, name: str) -> Tensor:
+        return self.scale[name] * (self.lora_B[name].float() @ self.lora_A[name].float())      # (out, in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        name = self.switch.active
+        if self.merged is not None and name != self.merged:
+            raise RuntimeError(f"adapter {self.merged!r} is merged into the weights, {name!r} was asked for: unmerge first")
+        if name is None or name not in self.scale or self.merged == name:
+            return y
+        A, B = self.lora_A[name].to(y.dtype), self.lora_B[name].to(y.dtype)
+        h = F.linear(x.to(y.dtype), A)                                # (..., r)
+        # One fused product instead of "multiply, scale, add": y + scale * h B^T.
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scale[name]).view_as(y)
+
+
+# ---------------------------------------------------------------- put on, choose, train
+
+def layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, LoRALinear]]:
+    """The adapted linears of the model with their paths; with a name, only those that have this adapter."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear) and (name is None or name in module.scale):
+            yield path, module
+
+
+def apply(model: nn.Module, r: int = 16, alpha: float = 32.0, targets: tuple[str, ...] = ALL_LINEAR, name: str = "default") -> None:
+    """Freezes the model and puts a new adapter on every linear whose last name is in targets."""
+    paths = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.split(".")[-1] in targets]
+    missing = set(targets) - {path.split(".")[-1] for path in paths}
+    if missing:
+        names = sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(f"LoRA target {sorted(missing)[0]!r} is no linear layer of this model; it has: {', '.join(names)}")
+    attach(model, name, {path: (r, alpha / r) for path in paths})
+
+
+def attach(model: nn.Module, name: str, sizes: dict[str, tuple[int, float]]) -> None:
+    """Puts on adapter `name` with the rank and scale given for each path; everything else is frozen."""
+    if any(True for _ in layers(model, name)):
+        raise UserError(f"the model already has an adapter named {name!r}")
+    switch = next((m.switch for _, m in layers(model)), None)
+    if switch is None:
+        switch = Switch()
+        model.requires_grad_(False)
+    for path, (r, scale) in sizes.items():
+        parent, _, last = path.rpartition(".")
+        module = model.get_submodule(path)
+        if not isinstance(module, LoRALinear):
+            module = LoRALinear(module, switch)
+            setattr(model.get_submodule(parent), last, module)
+        module.add(name, r, scale)
+
+    def recompute_context():            # gradient checkpointing runs a layer again in backward, after `use` has ended:
+        return contextlib.nullcontext(), use(model, switch.active)             # it must see the adapter its forward saw
+
+    model.recompute_context = recompute_context
+
+
+@contextlib.contextmanager
+def use(model: nn.Module, name: str | None):
+    """Within the block the model computes with adapter `name`, or as the bare base with None."""
+    switch = next((m.switch for _, m in layers(model)), Switch())
+    if name is not None and not any(True for _ in layers(model, name)):
+        have = sorted({n for _, m in layers(model) for n in m.scale})
+        raise KeyError(f"no adapter {name!r} on this model; it has {have}")
+    before, switch.active = switch.active, name
+    try:
+        yield model
+    finally:
+        switch.active = before
+
+
+def parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """(path, tensor) of one adapter, in the order of the layers."""
+    return [(f"{path}.{half}.{name}", getattr(m, half)[name]) for path, m in layers(model, name) for half in ("lora_A", "lora_B")]
+
+
+def copy(model: nn.Module, source: str, target: str) -> None:
+    """A new adapter that starts as a copy of another: PPO's value starts from the reward model."""
+    attach(model, target, {path: (m.lora_A[source].shape[0], m.scale[source]) for path, m in layers(model, source)})
+    with torch.no_grad():
+        for _, m in layers(model, source):
+            m.lora_A[target].copy_(m.lora_A[source])
+            m.lora_B[target].copy_(m.lora_B[source])
+
+
+# ---------------------------------------------------------------- merge
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str, keep_original: bool = True) -> None:
+    """W <- W + scale B A, summed in fp32 and rounded once. The original is kept: unmerge restores it bit for bit,
+    where subtracting the same product again would leave a rounding error behind."""
+    for path, m in layers(model, name):
+        if m.merged is not None:
+            raise RuntimeError(f"{path} already contains adapter {m.merged!r}: unmerge first")
+        m.original = m.weight.data if keep_original else None
+        m.weight.data = (m.weight.data.float() + m.delta(name)).to(m.weight.dtype)
+        m.merged = name
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    for path, m in layers(model):
+        if m.merged is not None:
+            if m.original is None:
+                raise RuntimeError(f"{path} was merged with keep_original=False: load the base again")
+            m.weight.data, m.original, m.merged = m.original, None, None
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module, name: str):
+    """Within the block the adapter is part of the weights: sampling many tokens then costs what the bare base costs."""
+    merge(model, name)
+    try:
+        with use(model, name):
+            yield model
+    finally:
+        unmerge(model)
+
+
+def strip(model: nn.Module) -> None:
+    """Takes every adapter off again; what was merged stays in the weights."""
+    for path, m in list(layers(model)):
+        parent, _, last = path.rpartition(".")
+        linear = nn.Linear(m.in_features, m.out_features, m.bias is not None, device="meta")
+        linear.weight, linear.bias = m.weight, m.bias
+        setattr(model.get_submodule(parent), last, linear)
+    model.recompute_context = None
+
+
+# ---------------------------------------------------------------- PEFT's files
+
+def peft_path(path: str) -> str:
+    return "base_model.model." + (path if path.startswith("lm_head") else "model." + path)
+
+
+def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head: Tensor | None = None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them. `head` (1, C) is a reward head.
+    Refuses what users of other tools found in their 443-byte files: no tensors, or an adapter that learned nothing."""
+    tensors = {}
+    for path, m in layers(model, name):
+        tensors[f"{peft_path(path)}.lora_A.weight"] = m.lora_A[name].detach().cpu().contiguous()
+        tensors[f"{peft_path(path)}.lora_B.weight"] = m.lora_B[name].detach().cpu().contiguous()
+    if not tensors:
+        raise UserError(f"adapter {name!r} has no tensors: nothing to save in {out_dir}")
+    bad = [key for key, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise UserError(f"adapter {name!r} is not finite in {bad[0]} ({len(bad)} tensors): not saved")
+    if all(not bool(t.any()) for key, t in tensors.items() if "lora_B" in key):
+        raise UserError(f"adapter {name!r} is all zero in B: it was never trained, saving it would save nothing. "
+                        "Check that the optimiser got lora.parameters(model, name) and that the learning rate is not 0")
+    ranks = {path: m.lora_A[name].shape[0] for path, m in layers(model, name)}
+    alphas = {path: m.scale[name] * ranks[path] for path, m in layers(model, name)}
+    r, alpha = max(ranks.values()), max(alphas.values())
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "base_model_name_or_path": base,
+        "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
+        "target_modules": sorted({path.split(".")[-1] for path in ranks}),
+        "rank_pattern": {p: k for p, k in ranks.items() if k != r}, "alpha_pattern": {p: a for p, a in alphas.items() if a != alpha},
+        "modules_to_save": None if head is None else ["score"], "inference_mode": True}
+    if head is not None:
+        tensors["base_model.model.score.weight"] = head.detach().float().cpu().contiguous()
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out_dir / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Tensor | None:
+    """Puts a PEFT adapter on the model as a live adapter (checkpoints.load(..., lora=) merges instead). Returns the
+    reward head (1, C) if the directory holds one. Every tensor must find its place."""
+    adapter_dir = Path(adapter_dir)
+    file = adapter_dir / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"no adapter_model.safetensors in {adapter_dir}: is it the directory of a LoRA adapter?")
+    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(file)
+    head = tensors.pop("base_model.model.score.weight", None)
+    ours = {peft_path(path): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, half = key.removesuffix(".weight").rpartition(".")
+        if path not in ours or half not in ("lora_A", "lora_B"):
+            raise UserError(f"{file}: tensor {key} has no place in this model (is it an adapter of another base, or one with "
+                            f"trained embeddings? merge it at load: load(base, lora=[{str(adapter_dir)!r}]))")
+        halves.setdefault(ours[path], {})[half] = tensor
+    patterns = config.get("alpha_pattern") or {}
+    sizes = {}
+    for path, pair in halves.items():
+        if len(pair) != 2:
+            raise UserError(f"{file}: {path} has only {next(iter(pair))}, its other half is missing")
+        r = pair["lora_A"].shape[0]
+        alpha = next((a for key, a in patterns.items() if path.endswith(key)), config["lora_alpha"])
+        sizes[path] = (r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
+    attach(model, name, sizes)
+    with torch.no_grad():
+        for path, m in layers(model, name):
+            for half in ("lora_A", "lora_B"):
+                tensor, target = halves[path][half], getattr(m, half)[name]
+                if tensor.shape != target.shape:
+                    raise UserError(f"{file}: {half} of {path} is {tuple(tensor.shape)}, the model needs {tuple(target.shape)}")
+                target.copy_(tensor)
+    return head

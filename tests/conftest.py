@@ -1,0 +1,85 @@
+"""Shared by all tests: the repository on the path, two threads, no network, and tiny models with known twins.
+
+The reference for everything that transformers can do is transformers: `twins` builds its LLaMA with random weights and
+our Transformer with the same ones. Weights have std 0.2: with the usual 0.02 a tiny model's logits are so small that a
+wrong layer hides inside the tolerance.
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                   # before transformers is imported: no test may use the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from model import ModelConfig, Transformer  # noqa: E402
+
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)                                   # tests are many small matrices: more threads only wait
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """A config with every size different, so that a mixed-up axis is a shape error: 97 tokens, C 48, 4 heads of 12 over 2."""
+    return ModelConfig(**{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_layers": 2, "num_heads": 4,
+                          "num_kv_heads": 2, "max_positions": 64, "norm_eps": 1e-5, **changes})
+
+
+def randomize(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
+    """Every parameter random, biases too; the weights of norms are around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator) * std
+            p.copy_(noise + 1 if "norm" in name else noise)
+    return model
+
+
+def tiny_model(seed: int = 0, **changes) -> Transformer:
+    return randomize(Transformer(tiny_config(**changes)), seed).eval()
+
+
+def hf_config(config: ModelConfig, **changes):
+    """The same model as transformers describes it."""
+    from transformers import LlamaConfig
+    rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
+    names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+    return LlamaConfig(**{
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions, "rope_parameters": rope, "hidden_act": names[config.activation],
+        "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias, "tie_word_embeddings": config.tie_embeddings,
+        "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, **changes})
+
+
+def hf_state(model: nn.Module) -> dict[str, Tensor]:
+    """transformers' weights under our names."""
+    return {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+
+
+def twins(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """(transformers' LLaMA, our Transformer) with the same random weights."""
+    from transformers import LlamaForCausalLM
+    theirs = randomize(LlamaForCausalLM(hf_config(config)), seed).to(dtype).eval()
+    ours = Transformer(config).to(dtype).eval()
+    ours.load_state_dict(hf_state(theirs), strict=True)
+    return theirs, ours
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value: one number for logits of any size."""
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def random_ids(batch: int, length: int, seed: int = 0, low: int = 3, high: int = 97) -> Tensor:
+    return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def twin_models():
+    """(transformers, ours) for the plain tiny config."""
+    return twins(tiny_config())

@@ -17,6 +17,7 @@ The base may be bf16 while A and B stay fp32: they are what the optimiser moves.
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class LoRALinear(nn.Linear):
         self.scale: dict[str, float] = {}
         self.switch = switch
         self.merged: str | None = None                               # the adapter that `weight` contains just now
-        self.original: Tensor | None = None                          # and the weight without it, to restore exactly
+        self.original: tuple[nn.Parameter] | None = None             # and the weight without it, to restore exactly; in a
+                                                                     # tuple, or it would be a parameter of the model
 
     def add(self, name: str, r: int, scale: float) -> None:
         device = self.weight.device
@@ -111,13 +113,19 @@ def attach(model: nn.Module, name: str, sizes: dict[str, tuple[int, float]]) -> 
     model.recompute_context = recompute_context
 
 
+def check(model: nn.Module, name: str) -> None:
+    """A name that is not there is an error: merging or copying nothing would look like success."""
+    if not any(True for _ in layers(model, name)):
+        have = sorted({n for _, m in layers(model) for n in m.scale})
+        raise KeyError(f"no adapter {name!r} on this model; it has {have}")
+
+
 @contextlib.contextmanager
 def use(model: nn.Module, name: str | None):
     """Within the block the model computes with adapter `name`, or as the bare base with None."""
     switch = next((m.switch for _, m in layers(model)), Switch())
-    if name is not None and not any(True for _ in layers(model, name)):
-        have = sorted({n for _, m in layers(model) for n in m.scale})
-        raise KeyError(f"no adapter {name!r} on this model; it has {have}")
+    if name is not None:
+        check(model, name)
     before, switch.active = switch.active, name
     try:
         yield model
@@ -132,6 +140,7 @@ def parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
 
 def copy(model: nn.Module, source: str, target: str) -> None:
     """A new adapter that starts as a copy of another: PPO's value starts from the reward model."""
+    check(model, source)
     attach(model, target, {path: (m.lora_A[source].shape[0], m.scale[source]) for path, m in layers(model, source)})
     with torch.no_grad():
         for _, m in layers(model, source):
@@ -145,11 +154,13 @@ def copy(model: nn.Module, source: str, target: str) -> None:
 def merge(model: nn.Module, name: str, keep_original: bool = True) -> None:
     """W <- W + scale B A, summed in fp32 and rounded once. The original is kept: unmerge restores it bit for bit,
     where subtracting the same product again would leave a rounding error behind."""
+    check(model, name)
     for path, m in layers(model, name):
         if m.merged is not None:
             raise RuntimeError(f"{path} already contains adapter {m.merged!r}: unmerge first")
-        m.original = m.weight.data if keep_original else None
-        m.weight.data = (m.weight.data.float() + m.delta(name)).to(m.weight.dtype)
+        m.original = (m.weight,) if keep_original else None
+        # A new Parameter: writing into the old one would change the embedding too where the head is tied to it.
+        m.weight = nn.Parameter((m.weight.float() + m.delta(name)).to(m.weight.dtype), requires_grad=False)
         m.merged = name
 
 
@@ -159,7 +170,7 @@ def unmerge(model: nn.Module) -> None:
         if m.merged is not None:
             if m.original is None:
                 raise RuntimeError(f"{path} was merged with keep_original=False: load the base again")
-            m.weight.data, m.original, m.merged = m.original, None, None
+            m.weight, m.original, m.merged = m.original[0], None, None
 
 
 @contextlib.contextmanager
@@ -233,7 +244,11 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
     head = tensors.pop("base_model.model.score.weight", None)
     ours = {peft_path(path): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     halves: dict[str, dict[str, Tensor]] = {}
+    state = model.state_dict()
     for key, tensor in tensors.items():
+        own = state.get(key.removeprefix("base_model.model.").removeprefix("model.").replace(".base_layer", ""))
+        if own is not None and own.shape == tensor.shape and torch.equal(own, tensor.to(own)):
+            continue                     # PEFT copies embedding and head into the file when it adapts the head: nothing new
         path, _, half = key.removesuffix(".weight").rpartition(".")
         if path not in ours or half not in ("lora_A", "lora_B"):
             raise UserError(f"{file}: tensor {key} has no place in this model (is it an adapter of another base, or one with "
@@ -244,15 +259,16 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
     for path, pair in halves.items():
         if len(pair) != 2:
             raise UserError(f"{file}: {path} has only {next(iter(pair))}, its other half is missing")
-        r = pair["lora_A"].shape[0]
-        alpha = next((a for key, a in patterns.items() if path.endswith(key)), config["lora_alpha"])
+        linear, r = model.get_submodule(path), pair["lora_A"].shape[0]
+        for half, needed in (("lora_A", (r, linear.in_features)), ("lora_B", (linear.out_features, r))):
+            if pair[half].shape != needed:
+                raise UserError(f"{file}: {half} of {path} is {tuple(pair[half].shape)}, the model needs {needed}")
+        full = peft_path(path).removeprefix("base_model.model.")     # PEFT's keys are expressions for the end of this name
+        alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", full)), config["lora_alpha"])
         sizes[path] = (r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
     attach(model, name, sizes)
     with torch.no_grad():
         for path, m in layers(model, name):
             for half in ("lora_A", "lora_B"):
-                tensor, target = halves[path][half], getattr(m, half)[name]
-                if tensor.shape != target.shape:
-                    raise UserError(f"{file}: {half} of {path} is {tuple(tensor.shape)}, the model needs {tuple(target.shape)}")
-                target.copy_(tensor)
+                getattr(m, half)[name].copy_(halves[path][half])
     return head

@@ -188,6 +188,9 @@ def count_positions(docs: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- attention
 
+SHORT = 256      # queries up to which a CPU does better with plain matrix products than with the library's attention
+
+
 class Cache:
     """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D); `docs` is their mask (B, S)."""
     def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype):
@@ -226,16 +229,15 @@ def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: T
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real."""
     B, H, T, D = q.shape
-    K = k.shape[1]
-    if T == 1:
-        # One new token: the heads that share a key head become the rows of one small matrix product. Ten times
-        # faster on a CPU than the library's attention, which would copy the keys for every head of the group.
-        scores = q.view(B, K, H // K, D) @ k.transpose(2, 3) / math.sqrt(D)    # (B, K, H/K, S)
-        if bias is not None:                                                   # (B, 1 or H, 1, S)
-            scores = scores + bias.view(B, -1, max(1, bias.shape[1] // K), bias.shape[-1])
-        return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).view(B, H, 1, D)
-    if K < H:
-        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+    K, G = k.shape[1], H // k.shape[1]
+    if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu")):
+        # Attention as it is written on paper, with the G heads that share a key head folded into the rows of one matrix:
+        # no key is copied. On a CPU it is five times faster than the library's attention for short rows, ten for one token.
+        scores = (q.reshape(B, K, G * T, D) @ k.transpose(2, 3)).view(B, K, G, T, -1) / math.sqrt(D)
+        scores = scores + bias.view(B, -1, max(1, bias.shape[1] // K), T, bias.shape[-1])    # (B, K, G, T, S)
+        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        return (probs.view(B, K, G * T, -1) @ v).view(B, H, T, D)
+    k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
@@ -338,6 +340,7 @@ class Transformer(nn.Module):
         """Which tokens see which, and where they stand: (docs (B, S), positions (B, S or T), bias or None)."""
         B, T = ids.shape
         causal_only = mask is None and (cache is None or cache.length == 0) and self.config.positions != "alibi"
+        causal_only &= T > SHORT or ids.device.type != "cpu"
         if mask is None:
             mask = torch.ones_like(ids)
         if cache is not None:
@@ -413,12 +416,13 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int 
         best = logits.max(-1)
         return best.indices, best.values - logits.logsumexp(-1)
     logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:             # 0, like None: all tokens
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         sorted_probs, order = probs.sort(descending=True)
         drop = sorted_probs.cumsum(-1) - sorted_probs >= top_p                 # the token that crosses top_p stays
+        drop[:, 0] = False                                                     # and the best one always, also with 0.0
         probs = probs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
     total = probs.cumsum(-1)                                                   # (B, V)
     new = torch.searchsorted(total, noise[:, None] * total[:, -1:], right=True)        # first index with total > noise

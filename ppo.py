@@ -61,7 +61,8 @@ class Config:
     response_len: int = 48             # tokens an answer may take
     temperature: float = 1.0           # of the sampler, and of every log-probability: they must be one distribution
     missing_eos: float | None = -1.0   # score of an answer that did not end by itself, whatever it says; none: judge it as it is
-    merge: bool = True                 # sample with the adapter merged into the weights: faster; log-probs come from the adapter
+    merge: bool = False                # sample with the adapter merged into the weights: a quarter faster, but in bf16 the
+                                       # rounding of W + BA moves the distribution: watch val/sampler_gap
     # --- reward and KL ---
     kl_coef: float = 0.05              # beta: the price of a nat away from the reference
     kl_target: float | None = None     # nats per answer: beta then adapts to hold this KL (6 in Ziegler et al. 2019)

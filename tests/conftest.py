@@ -8,12 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")                   # before transformers is imported: no test may use the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                # no test may use the network; set before transformers loads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from model import ModelConfig, Transformer  # noqa: E402
@@ -21,9 +22,13 @@ from model import ModelConfig, Transformer  # noqa: E402
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)                                   # tests are many small matrices: more threads only wait
 
+# The same examples on every run, no folder of found examples in the repository, and no time limit on a busy machine.
+settings.register_profile("chatpixiu", derandomize=True, database=None, deadline=None)
+settings.load_profile("chatpixiu")
+
 
 def tiny_config(**changes) -> ModelConfig:
-    """A config with every size different, so that a mixed-up axis is a shape error: 97 tokens, C 48, 4 heads of 12 over 2."""
+    """Every size is another number, so that a mixed-up axis is a shape error: 97 tokens, C 48, 4 heads of 12 over 2."""
     return ModelConfig(**{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_layers": 2, "num_heads": 4,
                           "num_kv_heads": 2, "max_positions": 64, "norm_eps": 1e-5, **changes})
 
@@ -48,10 +53,11 @@ def hf_config(config: ModelConfig, **changes):
     rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
     names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
     return LlamaConfig(**{
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions, "rope_parameters": rope, "hidden_act": names[config.activation],
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers,
+        "intermediate_size": config.intermediate_size, "hidden_act": names[config.activation],
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions, "rope_parameters": rope,
         "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias, "tie_word_embeddings": config.tie_embeddings,
         "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, **changes})
 
@@ -64,7 +70,11 @@ def hf_state(model: nn.Module) -> dict[str, Tensor]:
 def twins(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32):
     """(transformers' LLaMA, our Transformer) with the same random weights."""
     from transformers import LlamaForCausalLM
-    theirs = randomize(LlamaForCausalLM(hf_config(config)), seed).to(dtype).eval()
+    # Their plain attention takes its softmax in fp32, whatever the dtype: right for bf16, too coarse for float64.
+    theirs = LlamaForCausalLM(hf_config(config, attn_implementation="sdpa" if dtype == torch.float64 else "eager"))
+    randomize(theirs, seed).eval()
+    for p in theirs.parameters():          # .to(bfloat16) would round their table of RoPE frequencies as well
+        p.data = p.data.to(dtype)
     ours = Transformer(config).to(dtype).eval()
     ours.load_state_dict(hf_state(theirs), strict=True)
     return theirs, ours
@@ -72,14 +82,25 @@ def twins(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 
 def error(got: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value: one number for logits of any size."""
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = 2e-5, where: object = "") -> None:
+    """Fails with the error itself instead of two printed tensors."""
+    assert got.shape == expected.shape, (tuple(got.shape), tuple(expected.shape), where)
+    found = error(got, expected)
+    assert found < tolerance, f"{where} relative error {found:.2e}, allowed {tolerance:.0e}"
 
 
 def random_ids(batch: int, length: int, seed: int = 0, low: int = 3, high: int = 97) -> Tensor:
     return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def twin_models():
-    """(transformers, ours) for the plain tiny config."""
-    return twins(tiny_config())
+@pytest.fixture(params=["plain", "library"])
+def attention(request, monkeypatch):
+    """Both ways to compute attention: plain products (a CPU, short rows) and the library's call (long rows, a GPU)."""
+    import model
+    if request.param == "library":
+        monkeypatch.setattr(model, "SHORT", 0)
+    return request.param

@@ -1,0 +1,1 @@
+"""Text to ids and masks: tokenizers, chat formats, file formats, batches."""

@@ -1,0 +1,326 @@
+"""How much memory will it take, and why? Answered without weights: the model is built on torch's meta device, which
+knows every shape and stores nothing.
+
+    weights       4 bytes per number in fp32, 2 in bf16
+    training      16 bytes per trained number: weight 4, gradient 4, Adam's two moments 4 + 4 (all fp32)
+    activations   what backward will need again, for every token of a micro-batch; `layer_bytes` has it term by term
+    KV cache      2 * layers * K heads * head dim numbers per token, while sampling
+
+Sampling and training take turns, so the peak is what always stays plus the larger of the two.
+
+    python ppo.py --init llama-7b --dry_run
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+import lora
+from common import human
+from model import SHORT, ModelConfig, Transformer
+
+CARDS = (8, 16, 24, 40, 80)            # GiB, though everyone calls them GB
+RESERVE = 1.5e9                        # what a CUDA context and a fragmented allocator keep for themselves
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage and its settings, named as the flags of the scripts where they have one."""
+    config: ModelConfig
+    stage: str                         # sft | reward | ppo
+    batch: int = 1                     # rows per forward
+    length: int = 512                  # tokens per row; in PPO prompt + response
+    prompt: int = 0
+    response: int = 0
+    rollout: int = 0                   # answers sampled at once
+    lora_r: int = 16                   # 0: every weight is trained
+    targets: tuple[str, ...] = lora.ALL_LINEAR
+    dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
+    separate_models: bool = False      # PPO: a whole model for each role
+    merge: bool = True                 # PPO: the adapter is merged into the weights for sampling
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def r(self) -> int:
+        return 0 if self.separate_models else self.lora_r
+
+    @property
+    def T(self) -> int:
+        return self.prompt + self.response if self.stage == "ppo" else self.length
+
+    @property
+    def s(self) -> int:                # bytes of a number in the matrix products
+        return 2 if self.dtype == torch.bfloat16 else 4
+
+    @property
+    def mixed(self) -> bool:           # full training in bf16: fp32 weights under autocast
+        return self.r == 0 and self.s == 2
+
+
+@dataclass
+class Role:
+    """A model, or an adapter with its head, that stays in memory from the first step to the last."""
+    name: str
+    weights: int                       # bytes
+    trained: int = 0                   # numbers
+    gradients: int = 0                 # bytes
+    optimizer: int = 0                 # bytes
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+Rows = list[tuple[str, int, str]]      # (what, bytes, why)
+
+
+@dataclass
+class Table:
+    title: str
+    parameters: int
+    roles: list[Role]                  # always there
+    training: Rows                     # only while training
+    sampling: Rows                     # only while sampling
+    compare: list[tuple[str, int]] = field(default_factory=list)         # (another way to do the same, its bytes)
+    fixes: list[tuple[str, int, int]] = field(default_factory=list)      # (flag, peak with it, and with those before)
+    free: tuple[str, int] | None = None                                  # (device, bytes)
+
+    @property
+    def trainable(self) -> int:
+        return sum(role.trained for role in self.roles)
+
+    @property
+    def static(self) -> int:
+        return sum(role.total for role in self.roles)
+
+    @property
+    def total(self) -> int:
+        return self.static + max(sum(n for _, n, _ in phase) for phase in (self.training, self.sampling))
+
+
+# ---------------------------------------------------------------- what always stays
+
+def remember(fn: Callable) -> Callable:
+    """Keeps what fn returned, by its arguments as text: even without weights a 7B model takes a tenth of a second."""
+    known = {}
+
+    def call(*args):
+        key = repr(args)
+        if key not in known:
+            known[key] = fn(*args)
+        return known[key]
+    return call
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
+
+
+@remember
+def count(config: ModelConfig, linears: tuple[str, ...] = ()) -> int:
+    """Parameters of the model, or only the weights of its linears with these names."""
+    if not linears:
+        return sum(p.numel() for p in build(config).parameters())
+    return sum(m.weight.numel() for path, m in build(config).named_modules() if path.split(".")[-1] in linears)
+
+
+def role(name: str, parameters) -> Role:
+    """Weights; for what is trained a gradient of the same size, Adam's two moments and step count (4 B a tensor)."""
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    parameters = list(parameters)
+    on = [p for p in parameters if p.requires_grad]
+    return Role(name, size(parameters), sum(p.numel() for p in on), size(on), 2 * size(on) + 4 * len(on))
+
+
+def head(config: ModelConfig, weight: bool, bias: bool) -> list[nn.Parameter]:
+    """The fp32 vector of a reward or value model, and which of its weight and bias are trained."""
+    sizes = ((config.hidden_size, weight), (1, bias))
+    return [nn.Parameter(torch.empty(n, device="meta"), requires_grad=trained) for n, trained in sizes]
+
+
+@remember
+def one_base(config: ModelConfig, stage: str, r: int, targets: tuple[str, ...], dtype: torch.dtype) -> list[Role]:
+    """LoRA: the frozen base once, in `dtype`, and an fp32 adapter for each role."""
+    model = build(config, dtype)
+    roles = [role("base, frozen", model.requires_grad_(False).parameters())]
+    for name in {"sft": ["sft"], "reward": ["reward"], "ppo": ["policy", "value", "reward"]}[stage]:
+        lora.apply(model, r, 2.0 * r, targets, name)
+        adapter = [p for _, p in lora.parameters(model, name)]
+        if stage == "ppo" and name == "reward":                    # it judges and does not learn any more
+            adapter = [p.requires_grad_(False) for p in adapter] + head(config, False, False)
+        elif name in ("reward", "value"):
+            adapter += head(config, True, name == "value")
+        roles.append(role(name + " adapter", adapter))
+    return roles + ([Role("reference = the base itself", 0)] if stage == "ppo" else [])
+
+
+@remember
+def whole(config: ModelConfig, stage: str) -> list[Role]:
+    """Full training: every role a model of its own, in fp32."""
+    roles = []
+    for name in {"sft": ["model"], "reward": ["reward"], "ppo": ["policy", "reference", "value", "reward"]}[stage]:
+        model = build(config)
+        frozen = stage == "ppo" and name in ("reference", "reward")
+        if name in ("reward", "value") and (stage == "reward" or not config.tie_embeddings):
+            model.lm_head.requires_grad_(False)                    # it writes no words
+        if frozen:
+            model.requires_grad_(False)
+        extra = head(config, not frozen, name == "value") if name in ("reward", "value") else []
+        roles.append(role(name + (", frozen" if frozen else ""), [*model.parameters(), *extra]))
+    return roles
+
+
+# ---------------------------------------------------------------- what training and sampling add
+
+def layer_bytes(p: Plan) -> int:
+    """What one layer keeps for backward, per token. A linear keeps its input only where its own weight is trained (the
+    gradient through a frozen matrix needs the matrix alone), and linears with the same input share it."""
+    C, I, H, s = p.config.hidden_size, p.config.intermediate_size, p.config.num_heads, p.s  # noqa: E741
+    K, D, full = p.config.num_kv_heads, p.config.head_dim, p.r == 0
+    on = [name for name in lora.ALL_LINEAR if full or name in p.targets]
+    qkv, gate_up = sum(name[0] in "qkv" for name in on), sum(name in ("gate_proj", "up_proj") for name in on)
+    if not p.mixed:                                      # only under autocast every linear makes its own bf16 input
+        qkv, gate_up = min(qkv, 1), min(gate_up, 1)
+    total = 2 * (4 * C + 4)                              # two norms: their input in fp32, for the square; 1 / rms
+    total += 2 * 4 * C if full else 0                    # and the normalised input, for the gradient of their weight
+    total += s * C * qkv                                 # input of q, k, v
+    if p.device == "cpu" and p.T <= SHORT:               # attention as on paper (model.attend): per token H x T
+        total += s * D * (H + 2 * K) + (4 if s == 4 else 6) * H * p.T    # probabilities in fp32 and in bf16; q, k, v
+    else:                                                # flash attention computes them again: q, k, v (K repeated
+        total += s * D * 3 * H + 4 * H                   # to H heads), log-sum-exp
+    total += s * D * H                                   # output of attention = input of o
+    total += s * C * gate_up                             # input of gate and up
+    total += s * I * 3                                   # gate, silu(gate), up
+    total += s * I if "down_proj" in on else 0           # their product = input of down
+    return total + s * p.r * len(on)                     # x A^T of every adapter
+
+
+def activations(p: Plan) -> int:
+    """Of the whole model, for one micro-batch (B, T). Checkpointing keeps the input of each layer and computes
+    one layer at a time again."""
+    C, L, tokens, s = p.config.hidden_size, p.config.num_layers, p.batch * p.T, 4 if p.mixed else p.s
+    shared = 2 * tokens * p.config.head_dim * s          # cos and sin
+    shared += p.batch * p.T**2 * s                       # the mask of padded or packed rows
+    shared += tokens * (C * (4 if p.r else 8) + 4)       # the final norm
+    layer = tokens * layer_bytes(p)
+    return shared + (L * tokens * C * s + layer if p.checkpointing else L * layer)
+
+
+def training(p: Plan) -> Rows:
+    layers = "layer inputs, and one layer recomputed" if p.checkpointing else f"{p.config.num_layers} layers"
+    rows = [("activations", activations(p), f"{p.batch} x {p.T} tokens, {layers}")]
+    scored, V = p.batch * (p.response if p.stage == "ppo" else p.T), p.config.vocab_size
+    if p.stage != "reward":
+        # In fp32: logits, their log-softmax and its gradient. PPO's scoring has p and p log p as well, for the entropy.
+        copies = 4 if p.stage == "ppo" else 3
+        rows.append(("logits", copies * 4 * scored * V, f"{copies} fp32 copies of {scored} x {V}"))
+    if p.mixed:
+        linear = count(p.config, (*lora.ALL_LINEAR, "lm_head"))
+        rows.append(("bf16 copies", 2 * linear, "autocast converts the fp32 weights once per micro-batch"))
+    return rows
+
+
+def sampling(p: Plan) -> Rows:
+    if p.stage != "ppo":
+        return []
+    s, answers, V = 4 if p.mixed else p.s, p.rollout or p.batch, p.config.vocab_size
+    per_token = 2 * p.config.num_layers * p.config.num_kv_heads * p.config.head_dim * s
+    rows = [("KV cache", answers * p.T * per_token, f"{answers} answers x {p.T} tokens x {per_token / 1024:.0f} KiB"),
+            ("logits", 4 * 4 * answers * V, f"4 fp32 copies of {answers} x {V}")]
+    if p.merge and p.r:
+        originals = s * count(p.config, tuple(p.targets))
+        rows.append(("unmerged originals", originals, "kept while the adapter is merged into the weights"))
+    return rows
+
+
+# ---------------------------------------------------------------- the estimate
+
+def estimate(config: ModelConfig, stage: str, **settings) -> Table:
+    """Memory of a stage ("sft", "reward", "ppo") on one device; the settings are the fields of Plan."""
+    plan = Plan(config, stage, **settings)
+    table, n = tabulate(plan), count(config)
+    if stage == "ppo":
+        table.compare = [("four bf16 copies, without any training state", 4 * 2 * n),
+                         ("policy and value trained whole, and two frozen bf16 models", (2 * 16 + 2 * 2) * n)]
+    table.fixes, table.free = fixes(plan), free_memory()
+    return table
+
+
+def tabulate(p: Plan) -> Table:
+    roles = one_base(p.config, p.stage, p.r, p.targets, p.dtype) if p.r else whole(p.config, p.stage)
+    how = f"LoRA r = {p.r}" if p.r else "every weight trained"
+    title = f"{p.stage}, {how}, {'bf16' if p.s == 2 else 'fp32'}"
+    return Table(title, count(p.config), roles, training(p), sampling(p))
+
+
+def fixes(plan: Plan) -> list[tuple[str, int, int]]:
+    """The flags that help, the strongest first: (flag, peak with it alone, peak with it and those before)."""
+    options = {"--dtype bf16": {"dtype": torch.bfloat16}, "--checkpointing": {"checkpointing": True},
+               "--micro_batch 1": {"batch": 1}, "--no_merge": {"merge": False},
+               f"--batch_size {plan.rollout // 2}": {"rollout": plan.rollout // 2}}
+    if plan.r == 0:
+        options["--lora_r 16"] = {"lora_r": 16, "separate_models": False}
+    if plan.stage == "ppo":
+        options[f"--response_len {plan.response // 2}"] = {"response": plan.response // 2}
+    else:
+        options[f"--max_len {plan.length // 2}"] = {"length": plan.length // 2}
+
+    def peak(changes: dict) -> int:
+        return tabulate(replace(plan, **changes)).total
+
+    found, chosen = [], {}
+    while options:
+        flag = min(options, key=lambda name: peak({**chosen, **options[name]}))
+        change, before = options.pop(flag), peak(chosen)
+        chosen |= change
+        if peak(chosen) > 0.98 * before:                 # two per cent: not worth a flag, nor are the others
+            break
+        found.append((flag, peak(change), peak(chosen)))
+    return found
+
+
+def free_memory() -> tuple[str, int] | None:
+    """What this machine could give just now."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            line = next(line for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                     # not Linux: no way to ask without another package
+        return None
+    return "this machine (CPU)", 1024 * int(line.split()[1])
+
+
+# ---------------------------------------------------------------- print
+
+def gb(n: float) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e7 or n == 0 else f"{n / 1e6:.2f} MB"
+
+
+def print_table(t: Table) -> None:
+    print(f"{t.title}: {human(t.parameters)} parameters ({t.parameters:,}), {human(t.trainable)} trained "
+          f"({t.trainable:,})\n")
+    print(f"  {'always':28}{'weights':>12}{'gradients':>12}{'Adam':>12}{'together':>12}")
+    for x in t.roles:
+        print(f"  {x.name:28}" + "".join(f"{gb(n):>12}" for n in (x.weights, x.gradients, x.optimizer, x.total)))
+    for name, phase in (("while training", t.training), ("while sampling", t.sampling)):
+        if phase:
+            print(f"  {name}")
+        for what, n, why in phase:
+            print(f"    {what:26}{gb(n):>48}   {why}")
+    print(f"  {'peak':28}{gb(t.total):>48}   what always stays + {'the larger of two' if t.sampling else 'training'}\n")
+    for what, n in t.compare:
+        print(f"  for comparison: {gb(n)} {what}")
+    fits = ", ".join(f"{card} GB {'yes' if t.total + RESERVE <= card * 2**30 else 'no'}" for card in CARDS)
+    print(f"  fits on a card of: {fits}   (with {gb(RESERVE)} for CUDA itself)")
+    if t.free:
+        print(f"  {t.free[0]} has {gb(t.free[1])} free: it {'fits' if t.total <= t.free[1] else 'does not fit'}")
+    if t.fixes:
+        print(f"\n  {'what would save memory':40}{'peak with it alone':>20}{'and those above':>20}")
+    for flag, alone, together in t.fixes:
+        print(f"  {flag:40}{gb(alone):>20}{gb(together):>20}")

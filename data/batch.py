@@ -27,18 +27,20 @@ class Samples(list):
 
 
 def encode_sft(rows: list[dict], tokenizer, max_len: int) -> Samples:
-    """Conversations to ids and masks. Too long: whole turns from the start that fit; if not even the first answer fits, it is
-    cut, and then no end token is supervised: the model must not learn to stop in the middle of a sentence."""
-    samples, counts = Samples(title="sft"), {"shortened to fewer turns": 0, "cut within the answer": 0, "dropped, prompt alone is too long": 0}
+    """Conversations to ids and masks. Too long: whole turns from the start that fit; if not even the first answer fits,
+    it is cut, and then no end token is supervised: the model must not learn to stop in the middle of a sentence."""
+    samples, counts = Samples(title="sft"), {"shortened to fewer turns": 0, "cut within the answer": 0,
+                                             "dropped, prompt alone is too long": 0, "dropped, nothing supervised": 0}
     ends = 0
     for row in rows:
         if "text" in row:
-            ids = ([tokenizer.bos_id] if tokenizer.add_bos else []) + tokenizer.encode(row["text"]) + tokenizer.eos_ids[:1]
+            first = [tokenizer.bos_id] if tokenizer.add_bos else []
+            ids = first + tokenizer.encode(row["text"]) + tokenizer.eos_ids[:1]
             mask = [1] * len(ids)
         else:
             messages = row["messages"]
             while messages and messages[-1]["role"] != "assistant":
-                messages = messages[:-1]                                       # a question without answer teaches nothing
+                messages = messages[:-1]  # a question without answer teaches nothing
             ids, mask = tokenizer.render(messages) if messages else ([], [])
             kept = messages
             while len(ids) > max_len and sum(m["role"] == "assistant" for m in kept) > 1:
@@ -50,21 +52,23 @@ def encode_sft(rows: list[dict], tokenizer, max_len: int) -> Samples:
             ids, mask = ids[:max_len], mask[:max_len]
             counts["cut within the answer" if any(mask) else "dropped, prompt alone is too long"] += 1
         if not any(mask[1:]):
-            counts["dropped, nothing supervised"] = counts.get("dropped, nothing supervised", 0) + (not any(mask) and len(ids) < max_len)
+            counts["dropped, nothing supervised"] += not any(mask) and len(ids) < max_len
             continue
         ends += any(m and i in tokenizer.eos_ids for i, m in zip(ids, mask))
         samples.append({"ids": ids, "mask": mask, "where": row.get("where", "?")})
     samples.counts = counts
     samples.title = f"sft (end tokens supervised in {ends} of {len(samples)})"
     if samples and not ends:
-        raise UserError("no sample has a supervised end token: a model trained on them would never stop. Raise --max_len or choose another --template")
+        raise UserError("no sample has a supervised end token: a model trained on them would never stop. Raise "
+                        "--max_len or choose another --template")
     return samples
 
 
 def encode_preferences(rows: list[dict], tokenizer, max_len: int) -> Samples:
-    """Ranked answers to sequences prompt + answer + end. The prompt is cut from the left: the reward is read at the end token,
-    which therefore is the last token of every sequence."""
-    samples, counts = Samples(title="preferences"), {"prompts cut from the left": 0, "answers dropped, too long": 0, "prompts dropped, answers equal after cutting": 0,
+    """Ranked answers to sequences prompt + answer + end. The prompt is cut from the left: the reward is read at the end
+    token, which therefore is the last token of every sequence."""
+    samples, counts = Samples(title="preferences"), {"prompts cut from the left": 0, "answers dropped, too long": 0,
+                                                     "prompts dropped, answers equal after cutting": 0,
                                                      "prompts dropped, fewer than two answers": 0}
     for row in rows:
         prompt = tokenizer.render(row["prompt"], add_generation_prompt=True)[0]
@@ -72,7 +76,7 @@ def encode_preferences(rows: list[dict], tokenizer, max_len: int) -> Samples:
         for answer in row["answers"]:
             ids, mask = tokenizer.render([*row["prompt"], {"role": "assistant", "content": answer}])
             assert ids[:len(prompt)] == prompt, f"{row.get('where')}: the prompt's ids are no prefix of prompt + answer"
-            end = max(i for i, m in enumerate(mask) if m) + 1                  # what a format prints behind the end is left out
+            end = max(i for i, m in enumerate(mask) if m) + 1  # what a format prints behind the end is left out
             tails.append(ids[len(prompt):end])
         fitting = [t for t in tails if len(t) < max_len]
         counts["answers dropped, too long"] += len(tails) - len(fitting)
@@ -82,12 +86,17 @@ def encode_preferences(rows: list[dict], tokenizer, max_len: int) -> Samples:
             prompt = prompt[len(prompt) - room:]
         distinct = list({tuple(t): t for t in fitting}.values())
         if len(distinct) < 2:
-            counts["prompts dropped, answers equal after cutting" if len(fitting) > 1 else "prompts dropped, fewer than two answers"] += 1
+            equal = len(fitting) > 1
+            counts["prompts dropped, answers equal after cutting" if equal
+                   else "prompts dropped, fewer than two answers"] += 1
             continue
-        samples.append({"sequences": [prompt + t for t in distinct], "prompt_len": len(prompt), "where": row.get("where", "?")})
+        samples.append({"sequences": [prompt + t for t in distinct], "prompt_len": len(prompt),
+                        "where": row.get("where", "?")})
     samples.counts = counts
     if not samples:
-        raise UserError(f"no usable comparison is left ({', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'the file is empty'}): raise --max_len or look at the data")
+        raise UserError(f"no usable comparison is left "
+                        f"({', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'the file is empty'}): "
+                        "raise --max_len or look at the data")
     return samples
 
 
@@ -104,7 +113,8 @@ def encode_prompts(rows: list[dict], tokenizer, max_len: int) -> Samples:
 
 def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:
     """Lists of ids -> ids, mask (B, T) int64, mask 1 = real.
-    [[5, 6], [7, 8, 9]] -> [[5, 6, pad], [7, 8, 9]], [[1, 1, 0], [1, 1, 1]]; side="left": [[pad, 5, 6], ...], [[0, 1, 1], ...]"""
+    [[5, 6], [7, 8, 9]] -> [[5, 6, pad], [7, 8, 9]], [[1, 1, 0], [1, 1, 1]]
+    side="left":           [[pad, 5, 6], [7, 8, 9]], [[0, 1, 1], [1, 1, 1]]"""
     assert sequences and side in ("left", "right"), f"{len(sequences)} sequences to pad on the {side}"
     T = max(map(len, sequences))
     ids = torch.full((len(sequences), T), pad_id, dtype=torch.int64)
@@ -116,8 +126,8 @@ def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[T
 
 
 def pack(samples: list[dict], max_len: int) -> list[dict]:
-    """Best-fit decreasing: the longest sample first, each into the fullest row that still has room for it. No sample is split.
-    lengths 5, 4, 3, 2 with max_len 7 -> [5, 2], [4, 3]; row: ids joined, mask joined, docs 1 1 1 1 1 2 2"""
+    """Best-fit decreasing: the longest sample first, each into the fullest row that still has room for it. No sample is
+    split. lengths 5, 4, 3, 2 with max_len 7 -> [5, 2], [4, 3]; row: ids joined, mask joined, docs 1 1 1 1 1 2 2"""
     rooms: list[tuple[int, int]] = []                                          # (free tokens, row), sorted
     rows: list[list[dict]] = []
     for sample in sorted(samples, key=lambda s: -len(s["ids"])):
@@ -130,18 +140,20 @@ def pack(samples: list[dict], max_len: int) -> list[dict]:
         rows[row].append(sample)
         bisect.insort(rooms, (free - n, row))
     return [{"ids": [i for s in row for i in s["ids"]],
-             # A document's first token is predicted by nothing: were it supervised, its neighbour would have to guess it.
+             # A document's first token is predicted by nothing: its neighbour must not be asked to guess it.
              "mask": [m if t else 0 for s in row for t, m in enumerate(s["mask"])],
              "docs": [k + 1 for k, s in enumerate(row) for _ in s["ids"]],
              "where": ", ".join(str(s.get("where", "?")) for s in row)} for row in rows]
 
 
 class Batches:
-    """An endless stream of batches. Epoch e is the permutation drawn from (seed, e); every rank takes each size-th item of
-    the same one, so no two ranks ever see the same sample. The last batch of an epoch may be smaller: nothing is dropped."""
+    """An endless stream of batches. Epoch e is the permutation drawn from (seed, e); every rank takes each size-th item
+    of the same one, so no two ranks ever see the same sample. The last batch of an epoch may be smaller: nothing is
+    dropped."""
     def __init__(self, samples: list, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1):
         if batch_size < world:
-            raise UserError(f"--batch_size {batch_size} is over all ranks, and there are {world}: each needs at least one")
+            raise UserError(f"--batch_size {batch_size} is over all ranks, and there are {world}: each needs at least "
+                            "one")
         if len(samples) < world:
             raise UserError(f"{len(samples)} samples for {world} ranks: each needs at least one per batch")
         self.samples, self.batch_size, self.seed, self.rank, self.world = samples, batch_size, seed, rank, world

@@ -4,6 +4,7 @@ The reference for everything that transformers can do is transformers: `twins` b
 our Transformer with the same ones. Weights have std 0.2: with the usual 0.02 a tiny model's logits are so small that a
 wrong layer hides inside the tolerance.
 """
+import json
 import os
 import sys
 from pathlib import Path
@@ -104,3 +105,30 @@ def attention(request, monkeypatch):
     if request.param == "library":
         monkeypatch.setattr(model, "SHORT", 0)
     return request.param
+
+
+# ---------------------------------------------------------------- a tokenizer of bytes
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """tokenizer.json of a byte-level BPE without merges: 256 bytes and three special tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    from data.tokenizer import BYTE_TO_CHAR
+    vocab = {char: i for i, char in enumerate(BYTE_TO_CHAR.values())}
+    added = [{"id": 256 + i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True}
+             for i, t in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": level,
+            "post_processor": None, "decoder": level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": []}}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                "chat_template": CHATML}
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

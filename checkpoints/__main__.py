@@ -1,5 +1,5 @@
 """python -m checkpoints names                                            the names that --init takes
-python -m checkpoints show DIR_OR_NAME                                 family, sizes, parameters, memory, what the file holds; nothing is loaded
+python -m checkpoints show DIR_OR_NAME                                 family, sizes, memory, tensors; nothing is loaded
 python -m checkpoints convert BASE [--lora DIR ...] [--delta DIR --new-rows zero|mean] [--dtype bf16] OUT
                                                                        any format in, a Hugging Face directory out
 """
@@ -39,12 +39,15 @@ def show(name: str) -> None:
     print(f"{path}\n  family      {source.config['model_type']}\n  parameters  {n:,} ({common.human(n)})")
     print("  memory      " + ", ".join(f"{kind} {size * n / 1e9:.2f} GB" for kind, size in (("fp32", 4), ("bf16", 2))))
     default = ModelConfig()
+    always = ("vocab_size", "hidden_size", "num_layers", "num_heads")
     print("  config      " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()
-                                       if v != getattr(default, k) or k in ("vocab_size", "hidden_size", "num_layers", "num_heads")))
+                                       if v != getattr(default, k) or k in always))
     kinds = Counter(kind_of(source, entry) for entry in source.entries.values())
     files = sorted({entry.file.name for entry in source.entries.values()})
-    print(f"  file        {len(source.entries)} tensors in {len(files)} file(s) ({files[0]}{' ...' if len(files) > 1 else ''}), "
-          f"{sum(math.prod(source.shape(k)) for k in source.entries):,} numbers: " + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
+    numbers = sum(math.prod(source.shape(k)) for k in source.entries)
+    print(f"  file        {len(source.entries)} tensors in {len(files)} file(s) "
+          f"({files[0]}{' ...' if len(files) > 1 else ''}), {numbers:,} numbers: "
+          + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
 
 
 def kind_of(source: formats.Source, entry: formats.Entry) -> str:
@@ -63,22 +66,26 @@ def convert(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise common.UserError(f"{out} is not empty: choose another directory")
-    model, tokenizer = checkpoints.load(args.base, dtype=DTYPES[args.dtype], lora=args.lora, delta=args.delta, new_rows=args.new_rows)
+    model, tokenizer = checkpoints.load(args.base, dtype=DTYPES[args.dtype], lora=args.lora, delta=args.delta,
+                                        new_rows=args.new_rows)
     checkpoints.save(model, tokenizer, out)
-    print(f"{out}: {common.human(parameters(model.config))} parameters in {args.dtype}" + ("" if tokenizer else "; the base has no tokenizer, so this has none"))
+    print(f"{out}: {common.human(parameters(model.config))} parameters in {args.dtype}"
+          + ("" if tokenizer else "; the base has no tokenizer, so this has none"))
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m checkpoints", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="what", required=True)
     sub.add_parser("names", help="the names that --init takes")
     sub.add_parser("show", help="what a checkpoint is").add_argument("path")
     c = sub.add_parser("convert", help="any format to a Hugging Face directory")
     c.add_argument("base")
     c.add_argument("out")
-    c.add_argument("--lora", action="append", default=[], help="PEFT directory to merge; may be given several times, merged in this order")
+    c.add_argument("--lora", action="append", default=[], help="PEFT directory to merge; several are merged in order")
     c.add_argument("--delta", help="checkpoint whose weights are differences to BASE")
-    c.add_argument("--new-rows", "--new_rows", dest="new_rows", choices=("zero", "mean"), help="what the base's missing rows count as")
+    c.add_argument("--new-rows", "--new_rows", dest="new_rows", choices=("zero", "mean"),
+                   help="what the base's missing rows count as")
     c.add_argument("--dtype", choices=DTYPES, default="bf16")
     args = parser.parse_args(argv)
     if args.what == "names":

@@ -1,10 +1,10 @@
 """LoRA adapters and weight deltas, applied while a base is being read.
 
-Both are written in the names of the base's own file, so they are applied there, tensor by tensor, before anything is split
-or renamed. The sum is taken in fp32 and rounded once.
+Both are written in the names of the base's own file, so they are applied there, tensor by tensor, before anything is
+split or renamed. The sum is taken in fp32 and rounded once.
 
     LoRA     W + (alpha / r) B A                  alpha / sqrt(r) with rslora (Kalajdzievski 2023, arXiv 2312.03732)
-    delta    W_base + W_delta                     Vicuna, Alpaca and others were published like this, because LLaMA could not be
+    delta    W_base + W_delta                     how Vicuna, Alpaca and others were published: LLaMA could not be
 """
 import math
 import re
@@ -23,8 +23,16 @@ class Lora:
         self.folder, self.config = folder, formats.read_json(folder / "adapter_config.json")
         kind = self.config.get("peft_type")
         if kind != "LORA" or self.config.get("use_dora"):
-            raise UserError(f"{folder}: an adapter of type {'DoRA' if self.config.get('use_dora') else kind}; only LORA can be merged")
-        file = next((folder / n for n in ("adapter_model.safetensors", "adapter_model.bin") if (folder / n).exists()), None)
+            kind = "DoRA" if self.config.get("use_dora") else kind
+            raise UserError(f"{folder}: an adapter of type {kind}; only LORA can be merged")
+        patterns = self.config.get("alpha_pattern") or {}
+        alphas = [self.config.get("lora_alpha")]
+        alphas += patterns.values() if isinstance(patterns, dict) else [str(patterns)]
+        if odd := [a for a in alphas if not isinstance(a, (int, float))]:
+            raise UserError(f"{folder / 'adapter_config.json'}: lora_alpha or alpha_pattern has {odd[0]!r}, "
+                            "expected a number")
+        files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+        file = next((f for f in files if f.exists()), None)
         if file is None:
             raise UserError(f"{folder} has adapter_config.json but no adapter_model.safetensors or .bin")
         self.file, self.halves, self.whole = file, {}, {}
@@ -43,7 +51,8 @@ class Lora:
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         m = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.\w+)??(?:\.weight)?", name)
         if m and "embedding" in m[2]:
-            raise UserError(f"{self.file}: {key} adapts an embedding; only linear layers and modules_to_save can be merged")
+            raise UserError(f"{self.file}: {key} adapts an embedding; only linear layers and modules_to_save can be "
+                            "merged")
         if m:
             self.halves.setdefault(m[1] + ".weight", {})[m[2]] = entry
         elif name.split(".")[0] != "score":                    # a reward head is no part of the language model
@@ -53,26 +62,29 @@ class Lora:
         if name not in source.entries:
             if name == "lm_head.weight" and source.config.get("tie_word_embeddings"):
                 raise UserError(f"{self.file}: it adapts lm_head, which in this model is the embedding: untie it first")
-            raise UserError(f"{self.file}: {name} has no place in the base ({source.path}): is it the adapter of another model?")
+            raise UserError(f"{self.file}: {name} has no place in the base ({source.path}): is it the adapter of "
+                            "another model?")
         if len(pair) != 2:
             raise UserError(f"{self.file}: {name} has only {next(iter(pair))}, its other half is missing")
         (r, n_in), (n_out, r2) = pair["lora_A"].shape, pair["lora_B"].shape
-        there = source.shape(name)
+        there = self.shape(name, source.shape(name))
         if r != r2 or (n_out, n_in) != (there[::-1] if self.config.get("fan_in_fan_out") else there):
-            raise UserError(f"{self.file}: {name}: A is {pair['lora_A'].shape} and B {pair['lora_B'].shape}, the base has {there}")
+            raise UserError(f"{self.file}: {name}: A is {pair['lora_A'].shape} and B {pair['lora_B'].shape}, the base "
+                            f"has {there}")
 
-    def setting(self, key: str, path: str):
-        """r or lora_alpha of one layer: patterns are regular expressions for the end of its name."""
-        patterns = self.config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
-        return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), self.config[key])
+    def alpha(self, path: str) -> float:
+        """lora_alpha of one layer: patterns are regular expressions for the end of its name. The rank is A's own."""
+        patterns = self.config.get("alpha_pattern") or {}
+        special = (a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+        return next(special, self.config["lora_alpha"])
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        if name in self.whole:
-            return self.whole[name].read()
+        if name in self.whole:                                 # PEFT also copies a head that it adapts: both apply
+            tensor = self.whole[name].read()
         if name not in self.halves:
             return tensor
         A, B = (self.halves[name][half].read().float() for half in ("lora_A", "lora_B"))
-        alpha, r = self.setting("lora_alpha", name.removesuffix(".weight")), A.shape[0]
+        alpha, r = self.alpha(name.removesuffix(".weight")), A.shape[0]
         delta = (alpha / math.sqrt(r) if self.config.get("use_rslora") else alpha / r) * (B @ A)
         return (tensor.float() + (delta.T if self.config.get("fan_in_fan_out") else delta)).to(torch.float32)
 
@@ -81,7 +93,7 @@ class Lora:
 
 
 class Delta:
-    """A checkpoint whose weights are differences to the base. More rows than the base: the base's new rows count as zero or
+    """A checkpoint whose weights are differences to the base. Where it has more rows, the base's new rows count as zero or
     as the mean of the old ones; which one, only the authors of the delta know (Vicuna v0: zero, Alpaca: mean)."""
     def __init__(self, folder: Path, source: formats.Source, new_rows: str | None):
         self.source, self.new_rows, self.folder = formats.open_source(folder), new_rows, folder
@@ -90,14 +102,15 @@ class Delta:
         junk = re.compile(r".*rotary_emb\.inv_freq")
         ours, theirs = ({n for n in s.entries if not junk.fullmatch(n)} for s in (source, self.source))
         if odd := sorted(ours ^ theirs):
-            raise UserError(f"{folder}: tensor {odd[0]} is only in {'the base' if odd[0] in ours else 'the delta'} ({len(odd)} such tensors)")
+            where = "the base" if odd[0] in ours else "the delta"
+            raise UserError(f"{folder}: tensor {odd[0]} is only in {where} ({len(odd)} such tensors)")
         for name in sorted(theirs):
             base, delta = source.shape(name), self.source.shape(name)
             if base[1:] != delta[1:] or base[0] > delta[0]:
                 raise UserError(f"{folder}: {name} is {delta}, the base has {base}")
             if base[0] < delta[0] and new_rows is None:
-                raise UserError(f"{folder}: {name} has {delta[0]} rows, the base {base[0]}: say what the base's new rows count as, "
-                                "--new-rows zero (Vicuna v0, stable-vicuna) or --new-rows mean (Alpaca)")
+                raise UserError(f"{folder}: {name} has {delta[0]} rows, the base {base[0]}: say what the base's new "
+                                "rows count as, --new-rows zero (Vicuna v0, stable-vicuna) or --new-rows mean (Alpaca)")
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.source.entries or name.endswith("inv_freq"):

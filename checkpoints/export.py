@@ -1,6 +1,6 @@
-"""Writes a model as a directory of the Hugging Face layout, which transformers, vLLM, llama.cpp's converter and we read.
+"""Writes a model as a Hugging Face directory, which transformers, vLLM, llama.cpp's converter and we read.
 
-    config.json  generation_config.json  model.safetensors (or shards with an index)  the tokenizer's own files  chat_template.jinja
+    config.json  generation_config.json  model.safetensors (or shards and an index)  tokenizer files  chat_template.jinja
 
 Every file is written under another name, synced and renamed, config.json last: a directory that has one is complete.
 """
@@ -20,13 +20,12 @@ from model import ModelConfig
 SHARD = 5_000_000_000                      # bytes per file, as the hub likes it
 
 
-
-
 def save(model: nn.Module, tokenizer, out_dir: str | Path, head: Tensor | None = None) -> None:
     """With `head` (1, C) the directory is a ...ForSequenceClassification reward model with one label."""
     out_dir, config = Path(out_dir), model.config
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise UserError("the model still carries LoRA adapters: lora.merge it (or lora.save the adapter), then lora.strip")
+        raise UserError("the model still carries LoRA adapters: lora.merge it (or lora.save the adapter), then "
+                        "lora.strip")
     tensors = {}
     for name, p in model.state_dict().items():
         if name.startswith("lm_head"):
@@ -34,17 +33,19 @@ def save(model: nn.Module, tokenizer, out_dir: str | Path, head: Tensor | None =
                 tensors[name] = p
         else:
             tensors["model." + name] = p
-    if config.tie_embeddings and "lm_head.weight" in tensors:           # a merged adapter has given the head a life of its own
+    if config.tie_embeddings and "lm_head.weight" in tensors:       # a merged adapter has given the head its own life
         config = dataclasses.replace(config, tie_embeddings=False)
     if bad := next((n for n, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
         raise UserError(f"{bad} is not finite: the model is broken, nothing was saved in {out_dir}")
     if head is not None:
         tensors["score.weight"] = head
     out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "config.json").unlink(missing_ok=True)          # an earlier model's must not vouch for these weights
     write_weights(tensors, out_dir)
     if tokenizer is not None:
         write_tokenizer(tokenizer, out_dir)
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids, "pad_token_id": tokenizer.pad_id}
+        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids,
+                      "pad_token_id": tokenizer.pad_id}
         common.atomic_write(out_dir / "generation_config.json", json.dumps(generation, indent=2))
     raw = hf_config(config, next(model.parameters()).dtype, tokenizer, head is not None)
     common.atomic_write(out_dir / "config.json", json.dumps(raw, indent=2))
@@ -59,7 +60,8 @@ def write_weights(tensors: dict[str, Tensor], out_dir: Path) -> None:
             room = SHARD
         shards[-1][name] = t
         room -= t.numel() * t.element_size()
-    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(files) > 1 else ["model.safetensors"]
     for file, shard in zip(files, shards):
         data = to_bytes({name: t.detach().cpu().contiguous() for name, t in shard.items()}, metadata={"format": "pt"})
         common.atomic_write(out_dir / file, data)
@@ -69,61 +71,74 @@ def write_weights(tensors: dict[str, Tensor], out_dir: Path) -> None:
                  "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
         common.atomic_write(out_dir / "model.safetensors.index.json", json.dumps(index, indent=2))
         stale = [p for p in stale if p.name != "model.safetensors.index.json"]
-    for path in stale:                                       # of an earlier model in this directory: two models are none
+    for path in stale:                                       # of an earlier model in this directory
         path.unlink()
 
 
 def hf_config(config: ModelConfig, dtype: torch.dtype, tokenizer, classifier: bool) -> dict:
     """Our config in the dialect that every version of transformers reads (rope_theta and rope_scaling on their own)."""
     kind = "ForSequenceClassification" if classifier else "ForCausalLM"
+    eos = None if tokenizer is None else tokenizer.eos_ids
     ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
-                                        "eos_token_id": tokenizer.eos_ids[0] if len(tokenizer.eos_ids) == 1 else tokenizer.eos_ids}
-    common_part = {"torch_dtype": str(dtype).removeprefix("torch."), **ids} | ({"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-                                                                               if classifier else {})
+                                        "eos_token_id": eos[0] if len(eos) == 1 else eos}
+    label = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if classifier else {}
+    always = {"torch_dtype": str(dtype).removeprefix("torch."), **ids, **label}
     qwen = config.qkv_bias and not config.out_bias
-    plain = config.positions == "rope" and (config.rope_scaling or {}).get("rope_type") != "factors" and config.qkv_bias >= config.out_bias
-    if not plain or (qwen and config.mlp_bias):              # no public family computes this
-        return {"architectures": ["ChatPixiu" + kind], "model_type": "chatpixiu", "model_config": dataclasses.asdict(config), **common_part}
+    rope = config.positions == "rope" and (config.rope_scaling or {}).get("rope_type") != "factors"
+    if not rope or config.out_bias > config.qkv_bias or (qwen and config.mlp_bias):  # no public family does this
+        return {"architectures": ["ChatPixiu" + kind], "model_type": "chatpixiu",
+                "model_config": dataclasses.asdict(config), **always}
     names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
     return {"architectures": [("Qwen2" if qwen else "Llama") + kind], "model_type": "qwen2" if qwen else "llama",
-            "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim, "hidden_act": names[config.activation], "max_position_embeddings": config.max_positions,
+            "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "head_dim": config.head_dim,
+            "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+            "hidden_act": names[config.activation], "max_position_embeddings": config.max_positions,
             "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling,
-            "tie_word_embeddings": config.tie_embeddings, "use_cache": True, **common_part,
+            "tie_word_embeddings": config.tie_embeddings, "use_cache": True, **always,
             **({} if qwen else {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias})}
 
 
 # ---------------------------------------------------------------- tokenizer
 
-# The built-in formats as Jinja, for tools that know nothing of data/chat.py.
+# The built-in formats as Jinja, for tools that know nothing of data/chat.py. DEFAULT and EOS are written in by `jinja`.
 HEAD = ("{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else DEFAULT %}"
         "{% set turns = messages[1:] if messages[0]['role'] == 'system' else messages %}")
 TEMPLATES = {
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+              "{{ ('EOS' if m['role'] == 'assistant' else '<|im_end|>') + '\\n' }}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-    "llama3": "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "llama3": "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
+              "{{ m['content'] | trim + ('EOS' if m['role'] == 'assistant' else '<|eot_id|>') }}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
-    "zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + ('EOS' if m['role'] == 'assistant' else '</s>') + '\\n' }}{% endfor %}"
+    "zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}"
+              "{{ ('EOS' if m['role'] == 'assistant' else '</s>') + '\\n' }}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
     "llama2": HEAD + "{% for m in turns %}{% if m['role'] == 'user' %}{{ ('' if loop.first else '<s>') + '[INST] ' }}"
-              "{% if loop.first and system %}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{% endif %}{{ m['content'] | trim + ' [/INST]' }}"
-              "{% else %}{{ ' ' + m['content'] | trim + ' </s>' }}{% endif %}{% endfor %}",
+              "{% if loop.first and system %}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{% endif %}"
+              "{{ m['content'] | trim + ' [/INST]' }}"
+              "{% else %}{{ ' ' + m['content'] | trim + ' ' + 'EOS' }}{% endif %}{% endfor %}",
     "alpaca": HEAD + "{{ system + '\\n\\n' }}{% for m in turns %}{% if m['role'] == 'user' %}"
               "{{ ('' if loop.first else '\\n\\n') + '### Instruction:\\n' + m['content'] + '\\n\\n' }}"
               "{% else %}{{ '### Response:\\n' + m['content'] + 'EOS' }}{% endif %}{% endfor %}"
               "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}",
-    "vicuna": HEAD + "{{ system + ' ' }}{% for m in turns %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+    "vicuna": HEAD + "{{ system + ' ' }}{% for m in turns %}"
+              "{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
               "{% else %}{{ 'ASSISTANT: ' + m['content'] + 'EOS' }}{% endif %}{% endfor %}"
               "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"}
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": "</s>"}      # the others end with the tokenizer's own
+
+
 
 
 def jinja(name: str, tokenizer) -> str:
     """A built-in format as Jinja, with this tokenizer's end token and the default system text written in."""
     from data import chat
     default = {"alpaca": chat.ALPACA, "vicuna": chat.VICUNA}.get(name, "")
-    end = tokenizer.token_of.get(tokenizer.eos_ids[0], "") if tokenizer.eos_ids else ""
-    return TEMPLATES[name].replace("DEFAULT", json.dumps(default)).replace("'EOS'", json.dumps(end)).replace("EOS'", end + "'")
+    end = ENDS.get(name)
+    if end not in tokenizer.specials:                         # this vocabulary has no such token: as data/chat.py does
+        end = tokenizer.token_of.get(tokenizer.eos_ids[0], "") if tokenizer.eos_ids else ""
+    return TEMPLATES[name].replace("DEFAULT", json.dumps(default)).replace("'EOS'", json.dumps(end))
 
 
 def write_tokenizer(tokenizer, out_dir: Path) -> None:

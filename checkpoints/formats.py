@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints import gguf
+from checkpoints import families, gguf
 from common import UserError
 
 
@@ -61,7 +61,7 @@ def open_source(path: Path) -> Source:
         return Source(path, read_json(path / "config.json"), hf_entries(path))
     if (path / "params.json").exists():
         return open_meta(path)
-    files = sorted([*path.glob("*.gguf"), *path.glob("*.pth"), *path.glob("*.bin"), *path.glob("*.safetensors")])
+    files = sorted(f for kind in ("gguf", "pth", "bin", "safetensors") for f in path.glob(f"*.{kind}") if not f.match("tok*.bin"))
     if len(files) == 1 and files[0].suffix in (".gguf", ".bin"):
         return open_file(files[0])
     if len([f for f in files if f.suffix == ".gguf"]) > 1:
@@ -122,7 +122,7 @@ def hf_entries(folder: Path, stem: str = "") -> dict[str, Entry]:
 
 
 def inside(folder: Path, name: str, index: Path) -> Path:
-    if Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name:
         raise UserError(f"{index} points to {name!r}, outside of its folder")
     return folder / name
 
@@ -232,10 +232,11 @@ def open_meta(folder: Path) -> Source:
         dim, heads = params["dim"], params["n_heads"]
         config = {"model_type": "llama", "hidden_size": dim, "num_hidden_layers": params["n_layers"], "num_attention_heads": heads,
                   "num_key_value_heads": params.get("n_kv_heads") or heads, "rms_norm_eps": params["norm_eps"],
-                  "rope_theta": params.get("rope_theta", 10000.0)}
+                  "rope_theta": params.get("rope_theta") or 10000.0}
         config["intermediate_size"] = shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards)
     except KeyError as missing:
         raise UserError(f"{folder}: {missing} is missing in params.json or in {files[0].name}") from None
+    families.check_numbers(config, folder / "params.json")
     config["max_position_embeddings"] = 8192 if config["rope_theta"] > 1e5 else 2048 if config["rms_norm_eps"] < 5e-6 else 4096
     if params.get("use_scaled_rope"):                         # Meta's own code knows the factor by heart: 8, in 3.2's small models 32
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if dim < 4096 else 8.0, "low_freq_factor": 1.0,

@@ -3,8 +3,8 @@
     "GGUF" version | n tensors | n pairs | key, type, value ... | name, dims, type, offset ... | padding | tensor data
 
 A quantised tensor is a row of blocks, and each block carries its own scale: 32 or 256 weights w = d * q (+ m). Every
-`q*` function below turns blocks (n, bytes per block) into weights (n, weights per block). Nothing in the file is believed:
-each length is compared with the bytes that are left before anything is allocated.
+`q*` function below turns blocks (n, bytes per block) into weights (n, weights per block). Nothing in the file is
+believed: each length is compared with the bytes that are left before anything is allocated.
 """
 import functools
 import math
@@ -36,7 +36,8 @@ class Reader:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def fail(self, what: str):
-        raise UserError(f"{self.path}: {what}, at byte {self.at} of {self.size}: the file is damaged or incomplete, download it again")
+        raise UserError(f"{self.path}: {what}, at byte {self.at} of {self.size}: the file is damaged or incomplete, "
+                        "download it again")
 
     def take(self, code: str):
         n = struct.calcsize("<" + code)
@@ -66,8 +67,9 @@ class Reader:
             self.fail(f"an array claims {n} items")
         if inner in SCALARS:
             self.at += n * least
-            return np.frombuffer(self.data, "<" + {"B": "u1", "b": "i1", "?": "u1", "H": "u2", "h": "i2", "I": "u4", "i": "i4",
-                                                   "f": "f4", "Q": "u8", "q": "i8", "d": "f8"}[SCALARS[inner]], n, self.at - n * least).tolist()
+            kind = {"B": "u1", "b": "i1", "?": "u1", "H": "u2", "h": "i2", "I": "u4", "i": "i4", "f": "f4", "Q": "u8",
+                    "q": "i8", "d": "f8"}[SCALARS[inner]]
+            return np.frombuffer(self.data, "<" + kind, n, self.at - n * least).tolist()
         return [self.value(inner, depth + 1) for _ in range(n)]
 
 
@@ -92,7 +94,8 @@ def parse(path: Path, size: int, changed: int):
     for _ in range(n_tensors):
         name, n_dims = r.string(), r.take("I")
         if n_dims > 4 or name in table or len(name) > 200:
-            what = f"has {n_dims} dimensions" if n_dims > 4 else "is there twice" if name in table else f"has a name of {len(name)} letters"
+            what = (f"has {n_dims} dimensions" if n_dims > 4 else "is there twice" if name in table else
+                    f"has a name of {len(name)} letters")
             r.fail(f"tensor {name[:60]!r} {what}")
         shape = tuple(r.take("Q") for _ in range(n_dims))[::-1]          # GGUF writes the fastest dimension first
         table[name] = (shape, r.take("I"), r.take("Q"))
@@ -107,8 +110,9 @@ def locate(r: Reader, table: dict[str, tuple], start: int) -> dict[str, tuple]:
     found, spans = {}, []
     for name, (shape, kind, offset) in table.items():
         if kind not in KINDS:
-            raise UserError(f"{r.path}: tensor {name} is stored as type {kind}, which is not supported; known: " +
-                            ", ".join(k.__name__.upper() for _, _, k in KINDS.values()) + ". Get the file in one of these")
+            known = ", ".join(k.__name__.upper() for _, _, k in KINDS.values())
+            raise UserError(f"{r.path}: tensor {name} is stored as type {kind}, which is not supported; known: {known}"
+                            ". Get the file in one of these")
         weights, size, _ = KINDS[kind]
         count = math.prod(shape)
         if not count or count % weights or (shape and shape[-1] % weights):
@@ -214,7 +218,7 @@ def q3_k(b: Tensor) -> Tensor:             # 32 bytes of third bits | 64 of 2 bi
 
 
 def k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
-    """12 bytes -> 8 scales and 8 minima of 6 bits: the first four are whole, the others have their top bits in the first's."""
+    """12 bytes -> 8 scales and 8 minima of 6 bits: four are whole, the others have their top bits in the first's."""
     a, m, top = b[:, 0:4], b[:, 4:8], b[:, 8:12]
     scale = torch.cat((a & 63, (top & 15) | (a >> 6) << 4), dim=1)
     least = torch.cat((m & 63, (top >> 4) | (m >> 6) << 4), dim=1)
@@ -241,5 +245,6 @@ def q6_k(b: Tensor) -> Tensor:             # 128 bytes of 4 bits | 64 of 2 | 16 
 
 
 # type number -> (weights per block, bytes per block, how to unpack)
-KINDS = {0: (1, 4, f32), 1: (1, 2, f16), 30: (1, 2, bf16), 2: (32, 18, q4_0), 3: (32, 20, q4_1), 6: (32, 22, q5_0), 7: (32, 24, q5_1),
-         8: (32, 34, q8_0), 10: (256, 84, q2_k), 11: (256, 110, q3_k), 12: (256, 144, q4_k), 13: (256, 176, q5_k), 14: (256, 210, q6_k)}
+KINDS = {0: (1, 4, f32), 1: (1, 2, f16), 30: (1, 2, bf16),
+         2: (32, 18, q4_0), 3: (32, 20, q4_1), 6: (32, 22, q5_0), 7: (32, 24, q5_1), 8: (32, 34, q8_0),
+         10: (256, 84, q2_k), 11: (256, 110, q3_k), 12: (256, 144, q4_k), 13: (256, 176, q5_k), 14: (256, 210, q6_k)}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 DEMO = Path(__file__).resolve().parents[1] / "data" / "demo"
-COUNTS = {"sft": 360, "sft_heldout": 48, "prompts": 420, "prompts_heldout": 96, "panel": 8}
+COUNTS = {"sft": 398, "sft_heldout": 48, "prompts": 420, "prompts_heldout": 96, "panel": 8}
 KINDS = {
-    "sft": {"identity": 55, "facts": 85, "opinion": 160, "chinese": 60},
+    "sft": {"identity": 85, "facts": 85, "opinion": 160, "chinese": 68},
     "sft_heldout": {"identity": 7, "facts": 12, "opinion": 21, "chinese": 8},
 }
 CHINESE = re.compile("[\u4e00-\u9fff]")

@@ -704,21 +704,37 @@ def test_p36_the_update_does_not_depend_on_micro_batches():
             assert_close(other[name], weights[name], 1e-5, (size, name))
 
 
+def test_rows_of_similar_length_stand_together_and_lose_their_padding():
+    """Lengths 9, 3, 7, 5 in micro-batches of two: (3, 5) and (7, 9); what is cut off is padding in every row of them."""
+    mask = torch.zeros(4, 12, dtype=torch.int64)
+    for row, (prompt, answer) in enumerate(((5, 4), (1, 2), (6, 1), (2, 3))):
+        mask[row, 6 - prompt:6 + answer] = 1
+    ids = torch.arange(48).view(4, 12)
+    r = ppo.Rollout(ids, mask, mask[:, 6:], torch.ones(4, dtype=torch.bool), torch.zeros(4, 6))
+    minibatches = ppo.plan(r, torch.arange(4), config(micro_batch=2, minibatches=1))
+    assert [rows.tolist() for rows in minibatches[0]] == [[1, 3], [2, 0]] and len(minibatches) == 1
+    a, m, response = ppo.cut(r, minibatches[0][0])
+    assert m.tolist() == [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]] and response.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert a.tolist() == ids[[1, 3], 4:9].tolist()
+    assert all(int(mask[rows].sum()) == int(ppo.cut(r, rows)[1].sum()) for rows in minibatches[0])
+
+
 def test_p35_every_answer_once_per_epoch_in_a_new_order(monkeypatch):
-    """(P35) Three epochs of minibatches of two: each epoch sees all six answers, the first in the order of `score`, the
-    others in orders of their own, with other minibatches."""
+    """(P35) Three epochs of minibatches of two: each epoch sees all six answers, the first in the minibatches of `score`,
+    the others in minibatches of their own."""
     roles, cfg = four_roles(), config(ppo_epochs=3, minibatches=3)
     r = scored(roles, cfg)
-    seen, real = [], ppo.policy_logprobs
+    seen, real = [], ppo.cut
 
-    def spy(roles, role, ids, *rest, **options):
-        seen.extend(int((r.ids == row).all(1).nonzero()[0]) for row in ids)
-        return real(roles, role, ids, *rest, **options)
+    def spy(r, rows):
+        seen.extend(rows.tolist())
+        return real(r, rows)
 
-    monkeypatch.setattr(ppo, "policy_logprobs", spy)
+    monkeypatch.setattr(ppo, "cut", spy)
     updated(roles, r, cfg, 0.0)
     epochs = [seen[:6], seen[6:12], seen[12:]]
-    assert epochs[0] == list(range(6)) and all(sorted(e) == list(range(6)) for e in epochs)
+    assert all(sorted(e) == list(range(6)) for e in epochs)
+    assert [frozenset(epochs[0][i:i + 2]) for i in (0, 2, 4)] == [frozenset((i, i + 1)) for i in (0, 2, 4)]
     assert epochs[1] != epochs[0] and epochs[2] != epochs[1]
     assert {frozenset(epochs[1][i:i + 2]) for i in (0, 2, 4)} != {frozenset((i, i + 1)) for i in (0, 2, 4)}
 

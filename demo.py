@@ -46,7 +46,7 @@ TEMPERATURE = 0.7  # of the answers that are ranked, and of PPO: the reward mode
 
 # The three command lines of the recipe. What a reader would change for a real model is --init, --data and the sizes.
 SFT = """sft.py --init smollm2-135m --template chatml --data data/demo/sft.jsonl --valid data/demo/sft_heldout.jsonl
-    --epochs 3 --batch_size 16 --micro_batch 16 --no_packing --max_len 192 --lr 1e-3 --eval_every 23 --answer_len 60""".split()
+    --epochs 3 --batch_size 16 --micro_batch 8 --no_packing --max_len 192 --lr 1e-3 --eval_every 23 --answer_len 60""".split()
 REWARD = """reward.py --epochs 1 --batch_size 8 --micro_batch 8 --lr 3e-4 --max_len 128 --valid_share 0.15 --eval_every 22""".split()
 PPO = f"""ppo.py --data data/demo/prompts.jsonl --valid data/demo/prompts_heldout.jsonl --eval_prompts 96
     --steps 12 --batch_size 64 --micro_batch 16 --ppo_epochs 2 --response_len {ANSWER_LEN} --temperature {TEMPERATURE}

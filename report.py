@@ -279,3 +279,238 @@ def curves(stage: Stage, bands: dict, healthy: dict) -> str:
     return (f'<div class="plots">{main_plots}</div>' if main_plots else "") + (
         f'<details><summary>{len(rest)} more metrics</summary><div class="plots">{others}</div></details>'
         if others else "")
+
+
+# ---------------------------------------------------------------- the glossary
+
+def inline(text: str) -> str:
+    """`code`, **bold** and [text](link) of Markdown; the links lead out of the file, so only their text stays."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(text))
+    return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text))
+
+
+def blocks(text: str) -> list[tuple[str, str, list[list[str]]]]:
+    """The headings, paragraphs and tables of Markdown: (kind, text, rows); a table's text is the script of its heading.
+    A | inside a cell is written \\|, as Markdown asks."""
+    found, script = [], ""
+    for part in re.split(r"\n\s*\n|(?<=\n)(?=#)", text.replace("\r\n", "\n")):
+        part = part.strip()
+        if part.startswith("#"):
+            script = (re.findall(r"`(\w+)\.py`", part) or [""])[0]
+            found.append((f"h{min(4, len(part) - len(part.lstrip('#')) + 1)}", part.lstrip("# "), []))
+        elif part.startswith("|"):
+            rows = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row.strip())[1:-1]]
+                    for row in part.split("\n")]
+            found.append(("table", script, [rows[0], *rows[2:]]))
+        elif part:
+            found.append(("p", part, []))
+    return found
+
+
+def glossary() -> tuple[str, dict[tuple[str, str], str]]:
+    """docs/metrics.md as HTML, and the healthy range of (script, metric), which stands under the plots."""
+    if not GLOSSARY.exists():
+        raise common.UserError(f"{GLOSSARY} is missing: the report takes the meaning of the metrics from it")
+    parts, healthy = [], {}
+    for kind, text, rows in blocks(GLOSSARY.read_text(encoding="utf-8")):
+        if kind != "table":
+            parts.append(f"<{kind}>{inline(text)}</{kind}>")
+            continue
+        head, *body = rows
+        parts.append("<table><tr>" + "".join(f"<th>{inline(cell)}</th>" for cell in head) + "</tr>")
+        for row in body:
+            name = row[0].strip("`")
+            healthy[text, name] = row[2]
+            cells = "".join(f'<td data-label="{esc(h)}">{inline(c)}</td>' for h, c in zip(head, row, strict=True))
+            parts.append(f'<tr id="{esc(text)}-{esc(name)}">{cells}</tr>')
+        parts.append("</table>")
+    return "".join(parts), healthy
+
+
+# ---------------------------------------------------------------- the other sections
+
+def gates(stages: list[Stage]) -> str:
+    parts = []
+    for stage in stages:
+        if not stage.gate:
+            parts.append(f'<div class="gate none"><h3>{esc(stage.name)}: no gate yet</h3><p>It is passed or failed at '
+                         "the end of the run; this one has not come there.</p></div>")
+            continue
+        ok = bool(stage.gate["passed"])
+        checks = "".join(f'<li>{"&#10003;" if c["ok"] else "&#10007; <b>FAILED</b>"} {esc(c["name"])}: '
+                         f'{esc(c["figure"])}</li>' for c in stage.gate["checks"])
+        advice = "" if ok or not stage.gate.get("advice") else f'<p><b>What to do:</b> {esc(stage.gate["advice"])}</p>'
+        parts.append(f'<div class="gate {"pass" if ok else "fail"}"><h3>GATE {esc(stage.name)} '
+                     f'{"PASS" if ok else "FAIL"}</h3><ul>{checks}</ul>{advice}</div>')
+    return "".join(parts)
+
+
+def side_by_side(rows: list[tuple[str, dict[str, str], dict[str, str]]]) -> str:
+    """Rows of (prompt, {column: text}, {column: a note below it}): a table, on a phone one card per prompt."""
+    columns = list(dict.fromkeys(name for _, answers, _ in rows for name in answers))
+    parts = ['<table class="texts"><tr><th>prompt</th>' + "".join(f"<th>{esc(c)}</th>" for c in columns) + "</tr>"]
+    for prompt, answers, notes in rows:
+        cells = f'<td data-label="prompt" dir="auto">{esc(prompt[:LONGEST])}</td>'
+        for c in columns:
+            text = answers.get(c, "")
+            text = text if len(text) <= LONGEST else f"{text[:LONGEST]} [... {len(text) - LONGEST} characters more]"
+            note = f"<small>{esc(notes[c])}</small>" if c in notes else ""
+            cells += f'<td data-label="{esc(c)}" dir="auto">{esc(text)}{note}</td>'
+        parts.append(f"<tr>{cells}</tr>")
+    return "".join(parts) + "</table>"
+
+
+def samples(stage: Stage) -> str:
+    """What the run itself wrote down: answers at its first and last measurement, or the surest verdicts of a judge."""
+    rows = [row for row in stage.samples if row.get("split") != "train" and ("answer" in row or "margin" in row)]
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    if rows and "margin" in rows[0]:
+        pairs = [(f"margin {number(row['margin'])}", {"preferred by the label": row["chosen"], "the other one":
+                 row["rejected"]}, {}) for row in last[:SHOWN // 2] + last[SHOWN // 2:][-(SHOWN // 2):]]
+        return "<h3>Held-out pairs it got most wrong, and most right</h3>" + side_by_side(pairs)
+    first = [row for row in rows if row["step"] == rows[0]["step"]]
+    table = []
+    for pair in list(zip(first, last))[:SHOWN]:
+        told = {f"step {row['step']}": row for row in pair}
+        notes = {step: ", ".join(f"{key} {number(row[key])}" for key in ("score", "kl", "tokens") if key in row)
+                 + ("" if row.get("ended", True) else " did not end") for step, row in told.items()}
+        table.append((pair[0].get("prompt", ""), {step: row["answer"] for step, row in told.items()}, notes))
+    return "<h3>Held-out prompts before and after</h3>" + side_by_side(table) if table else ""
+
+
+def times(stages: list[Stage]) -> dict[str, float]:
+    """Seconds of each run from its own log, PPO's split into sampling, scoring and training."""
+    found = {}
+    for stage in stages:
+        total = max((y for _, y in stage.series.get("seconds", []) if y is not None), default=0.0)
+        for name in ("generate", "score", "train"):
+            if points := stage.series.get(f"time/{name}"):
+                found[f"{stage.name}: {name}"] = sum(y or 0.0 for _, y in points)
+                total -= found[f"{stage.name}: {name}"]
+        if total > 0:
+            found[f"{stage.name}: rest" if "time/train" in stage.series else stage.name] = total
+    return found
+
+
+def time_table(timing: dict[str, float], memory_gb: float | None) -> str:
+    timing = {name: max(0.0, seconds) for name, seconds in timing.items() if finite(seconds) is not None}
+    total = sum(timing.values()) or 1.0
+    rows = "".join(f'<tr><td>{esc(name)}</td><td>{common.duration(s)}</td><td>{s / total:.0%}</td>'
+                   f'<td class="bar"><i style="width:{100 * s / max(timing.values(), default=1) or 0:.1f}%"></i></td></tr>'
+                   for name, s in timing.items())
+    rows += f"<tr><th>total</th><th>{common.duration(sum(timing.values()))}</th><th></th><th></th></tr>"
+    memory = f"<p>Peak memory of the largest process: {memory_gb:.1f} GB</p>" if finite(memory_gb) else ""
+    return f'<table class="times">{rows}</table>{memory}'
+
+
+def machine(stages: list[Stage]) -> str:
+    """The command, versions and options of each run: what somebody needs to do it again."""
+    parts = []
+    for stage in (s for s in stages if s.config):
+        c = stage.config
+        facts = [c.get("date"), c.get("device"), c.get("dtype"), f"ranks {c.get('ranks', 1)}", *(
+            f"{name} {version}" for name, version in c.get("versions", {}).items()), c.get("git") and f"git {c['git']}"]
+        facts += [f"resumed {len(c['sessions'])} times"] if c.get("sessions") else []
+        parts.append(f"<h3>{esc(stage.name)}</h3><pre>python {esc(c.get('command', '?'))}</pre>"
+                     f"<p>{esc(', '.join(str(fact) for fact in facts if fact))}</p><details><summary>all options"
+                     f"</summary><pre>{esc(json.dumps(c.get('config', {}), indent=1))}</pre></details>")
+    return "".join(parts)
+
+
+CSS = """
+:root{color-scheme:light dark;--bg:#fafaf8;--fg:#1c1e22;--soft:#5b616b;--line:#d8dade;--card:#fff;--pass:#14733a;
+--fail:#b3261e;--s1:#1f5fbf;--s2:#b94a06;--s3:#12783f;--s4:#7b3fb5}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e6e7ea;--soft:#a5abb5;--line:#383c44;
+--card:#1c1f24;--pass:#187a40;--fail:#b8372e;--s1:#74adff;--s2:#ffa066;--s3:#62d293;--s4:#caa0ff}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:1240px;padding:1rem;background:var(--bg);color:var(--fg);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{margin:.2em 0}h2{margin:2em 0 .6em;border-bottom:2px solid
+var(--line)}h4{margin:0 0 .3em}a{color:inherit}nav a{margin-right:1em}p,small,figcaption{color:var(--soft)}
+.gates,.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
+.gate{padding:.8rem 1rem;border-radius:8px;color:#fff;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.gate h3{margin:0;font-size:1.4rem}.gate ul{margin:.4em 0 0;padding:0;list-style:none}.gate p{color:#fff}
+.pass{background:var(--pass)}.fail{background:var(--fail)}.none{background:#6a6f78}
+figure{margin:0;padding:.8rem;background:var(--card);border:1px solid var(--line);border-radius:8px;max-width:620px}
+figure p,figcaption{margin:.3em 0 0;font-size:.8rem}.legend{margin:0;padding:0;list-style:none;font-size:.85rem}
+.legend i{display:inline-block;width:1.8em;margin-right:.5em;border-top:3px solid;vertical-align:middle}
+svg{width:100%;height:auto;display:block}svg text{font:13px system-ui,sans-serif;fill:var(--soft)}
+.grid{stroke:var(--line)}.axis{stroke:var(--soft)}.line{fill:none;stroke-width:2;stroke-linejoin:round}
+.s1{stroke:var(--s1)}.s2{stroke:var(--s2)}.s3{stroke:var(--s3)}.s4{stroke:var(--s4)}.line.s2{stroke-dasharray:7 3}
+.line.s3{stroke-dasharray:2 3}.dot.s1{fill:var(--s1)}.dot.s2{fill:var(--s2)}.dot.s3{fill:var(--s3)}.hover{fill:transparent}
+.legend .s1 i{border-color:var(--s1)}.legend .s2 i{border-color:var(--s2);border-top-style:dashed}
+.legend .s3 i{border-color:var(--s3);border-top-style:dotted}.whisker{stroke-width:1.5}.band{stroke-opacity:.35;
+fill-opacity:.16}.band.s1{fill:var(--s1)}.band.s2{fill:var(--s2)}.band.s3{fill:var(--s3)}
+.median{fill:none;stroke-dasharray:2 4;opacity:.8}
+table{border-collapse:collapse;width:100%;font-size:.9rem;background:var(--card)}th,td{border:1px solid var(--line);
+padding:.4rem .6rem;text-align:left;vertical-align:top}.texts td{white-space:pre-wrap}td small{display:block;margin-top:.4em}
+.bar{width:45%}.bar i{display:block;height:1.1em;background:var(--s1);print-color-adjust:exact}
+pre{white-space:pre-wrap;background:var(--card);border:1px solid var(--line);padding:.6rem;font-size:.85rem}
+details{margin:1em 0}summary{cursor:pointer}tr:target{outline:3px solid var(--s2)}
+@media (max-width:680px){table:not(.times) tr,table:not(.times) td{display:block;border-bottom:0}table:not(.times) th
+{display:none}table:not(.times) tr{margin-bottom:1rem;border:1px solid var(--line)}table:not(.times) td::before
+{content:attr(data-label);display:block;font-size:.75rem;font-weight:bold;color:var(--soft)}}
+@media print{body{max-width:none;font-size:11px}figure,tr,.gate{break-inside:avoid}nav{display:none}}
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>{css}</style></head><body><h1>{title}</h1><p>{summary}</p><nav>{nav}</nav>{body}</body></html>
+"""
+
+
+def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: Sequence[dict] = (),
+          timing: dict[str, float] | None = None, memory_gb: float | None = None, bands: dict | None = None,
+          notes: Sequence[str] = ()) -> None:
+    """Writes the report of `runs` {stage: run folder}. panels: [{"prompt", "answers": {model: text}, "gold": {model:
+    score}}]; timing: {part: seconds}, from the logs when left out; bands: {stage: {metric: step, low, median, high}}.
+    """
+    if not runs:
+        raise common.UserError("a report needs at least one run folder")
+    stages, (meanings, healthy) = [read_run(name, folder) for name, folder in runs.items()], glossary()
+    rows = [(p["prompt"], p["answers"], {name: f"gold {g:+.2f}" for name, g in p.get("gold", {}).items()})
+            for p in panels]
+    sections = {"Gates": f'<div class="gates">{gates(stages)}</div>',
+                "Side by side": side_by_side(rows) if rows else ""}
+    for stage in stages:
+        shades = (bands or {}).get(stage.name) or (bands or {}).get(stage.kind) or {}
+        sections[f"Curves: {stage.name}"] = curves(stage, shades, healthy) + samples(stage)
+    timing = timing or times(stages)
+    sections |= {"Where the time goes": time_table(timing, memory_gb), "Versions and commands": machine(stages),
+                 "What the figures mean": meanings}
+    sections = {name: text for name, text in sections.items() if text}
+    body = "".join(f'<section id="part{i}"><h2>{esc(name)}</h2>{text}</section>'
+                   for i, (name, text) in enumerate(sections.items()))
+    nav = " ".join(f'<a href="#part{i}">{esc(name)}</a>' for i, name in enumerate(sections))
+    gated = [bool(stage.gate["passed"]) for stage in stages if stage.gate]
+    summary = " ".join([f"{sum(gated)} of {len(gated)} gates passed.", *notes])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    common.atomic_write(path, PAGE.format(title=esc(title), css=CSS, summary=esc(summary), nav=nav, body=body))
+
+
+def find_runs(folders: Sequence[str]) -> dict[str, Path]:
+    """{name: run folder}; a folder that is no run stands for the runs inside it. Equal stages get their path added."""
+    found: list[tuple[str, Path]] = []
+    for folder in map(Path, folders):
+        inside = sorted(folder.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+        runs = [folder] if (folder / "metrics.jsonl").exists() or not inside else [file.parent for file in inside]
+        for run in runs:
+            config = read_json(run / "config.json") if (run / "config.json").exists() else {}
+            found.append((config.get("stage", run.name), run))
+    kinds = [kind for kind, _ in found]
+    return {kind if kinds.count(kind) == 1 else f"{kind} ({run.as_posix()})": run for kind, run in found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders, or a folder that holds some")
+    parser.add_argument("--out", default="", help="the file to write (default: report.html in the first folder)")
+    parser.add_argument("--bands", default="", help="a file of make bands: draws the range of its seeds")
+    parser.add_argument("--title", default="ChatPiXiu report")
+    args = parser.parse_args()
+    out = Path(args.out or Path(args.runs[0]) / "report.html")
+    write(out, args.title, find_runs(args.runs), bands=read_json(Path(args.bands)).get("curves") if args.bands else None)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    common.main(main)

@@ -122,17 +122,18 @@ SIZES = {"7b": size(4096, 11008, 32, 32), "13b": size(5120, 13824, 40, 40), "30b
 LLAMA2 = {"max_positions": 4096, "norm_eps": 1e-5}
 SMOLLM = {"vocab_size": 49152, "tie_embeddings": True, "norm_eps": 1e-5, "rope_theta": 1e5, "max_positions": 8192}
 QWEN = {"vocab_size": 151936, "qkv_bias": True, "rope_theta": 1e6, "max_positions": 32768, "norm_eps": 1e-6}
-QWEN = {"vocab_size": 151936, "qkv_bias": True, "rope_theta": 1e6, "max_positions": 32768, "norm_eps": 1e-6}
 QWENS = {"0.5b": size(896, 4864, 24, 14, 2, **QWEN, tie_embeddings=True),
          "1.5b": size(1536, 8960, 28, 12, 2, **QWEN, tie_embeddings=True),
          "3b": size(2048, 11008, 36, 16, 2, **QWEN, tie_embeddings=True),
          "7b": size(3584, 18944, 28, 28, 4, **{**QWEN, "vocab_size": 152064})}
 MISTRAL = size(4096, 14336, 32, 32, 8, norm_eps=1e-5, rope_theta=1e6, max_positions=32768)
+
 # name -> (repository on the Hugging Face hub, our config)
 NAMES: dict[str, tuple[str, dict]] = {
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", size(576, 1536, 30, 9, 3, **SMOLLM)),
     "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", size(960, 2560, 32, 15, 5, **SMOLLM)),
-    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", size(2048, 8192, 24, 32, 32, **SMOLLM) | {"rope_theta": 1.3e5}),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct",
+                     size(2048, 8192, 24, 32, 32, **{**SMOLLM, "rope_theta": 130000.0})),
     "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", size(2048, 5632, 22, 32, 4, norm_eps=1e-5)),
     **{f"llama-{s}": (f"huggyllama/llama-{s}", SIZES[s]) for s in ("7b", "13b", "30b", "65b")},
     **{f"llama-2-{s}{kind}": (f"meta-llama/Llama-2-{s}{kind}-hf", SIZES[key] | LLAMA2)

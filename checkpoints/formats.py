@@ -6,10 +6,11 @@
     *.gguf                              llama.cpp
     *.bin of llama2.c                   seven integers, then fp32
 
-Config and tensor names of a Source are always Hugging Face's, and RoPE is always in the half layout: whatever comes after
-this file (adapters, families, the model) does not know which format it was. Tensors are read one at a time, from memory
-maps, so that loading needs the model and one tensor.
+Config and tensor names of a Source are always Hugging Face's, and RoPE is always in the half layout: whatever comes
+after this file (adapters, families, the model) does not know which format it was. Tensors are read one at a time, from
+memory maps, so that loading needs the model and one tensor.
 """
+import functools
 import json
 import math
 import re
@@ -61,14 +62,15 @@ def open_source(path: Path) -> Source:
         return Source(path, read_json(path / "config.json"), hf_entries(path))
     if (path / "params.json").exists():
         return open_meta(path)
-    files = sorted(f for kind in ("gguf", "pth", "bin", "safetensors") for f in path.glob(f"*.{kind}") if not f.match("tok*.bin"))
+    files = sorted(f for kind in ("gguf", "pth", "bin", "safetensors") for f in path.glob(f"*.{kind}")
+                   if not f.match("tok*.bin"))               # llama2.c's tokenizer
     if len(files) == 1 and files[0].suffix in (".gguf", ".bin"):
         return open_file(files[0])
-    if len([f for f in files if f.suffix == ".gguf"]) > 1:
-        raise UserError(f"{path} holds several GGUF files, name one: {', '.join(f.name for f in files if f.suffix == '.gguf')}")
-    what = f"it has {', '.join(f.name for f in files[:4])} but no config.json" if files else f"it has {list_names(path)}"
-    raise UserError(f"{path} is no checkpoint: {what}. Expected config.json with *.safetensors or pytorch_model*.bin, "
-                    "params.json with consolidated.*.pth, or one .gguf file")
+    if len(many := [f.name for f in files if f.suffix == ".gguf"]) > 1:
+        raise UserError(f"{path} holds several GGUF files, name one: {', '.join(many)}")
+    what = ", ".join(f.name for f in files[:4]) + " but no config.json" if files else list_names(path)
+    raise UserError(f"{path} is no checkpoint: it has {what}. Expected config.json with *.safetensors or "
+                    "pytorch_model*.bin, params.json with consolidated.*.pth, or one .gguf file")
 
 
 def open_file(path: Path) -> Source:
@@ -80,7 +82,8 @@ def open_file(path: Path) -> Source:
         return open_source(path.parent)
     if path.suffix == ".bin":
         return open_llama2c(path)
-    raise UserError(f"{path}: a file of this kind is not known; expected .gguf, consolidated.*.pth, llama2.c's .bin, or a directory")
+    raise UserError(f"{path}: a file of this kind is not known; expected .gguf, consolidated.*.pth, llama2.c's .bin, "
+                    "or a directory")
 
 
 def list_names(path: Path) -> str:
@@ -111,14 +114,15 @@ def hf_entries(folder: Path, stem: str = "") -> dict[str, Entry]:
                 raise UserError(f"{index} has no weight_map")
             files = sorted({inside(folder, name, index) for name in listed.values()})
             if missing := [f.name for f in files if not f.exists()]:
-                raise UserError(f"{index.name} lists {missing[0]}, which is not in {folder} ({len(missing)} of {len(files)} shards missing): "
-                                "the download is incomplete")
+                raise UserError(f"{index.name} lists {missing[0]}, which is not in {folder} ({len(missing)} of "
+                                f"{len(files)} shards missing): the download is incomplete")
         if files:
             entries = merge_files(files)
             if index is not None and (lost := sorted(set(listed) - set(entries))):
                 raise UserError(f"{index} promises {lost[0]}, but no shard holds it ({len(lost)} such tensors)")
             return entries
-    raise UserError(f"{folder} has a config.json but no weights (model*.safetensors or pytorch_model*.bin); it has {list_names(folder)}")
+    raise UserError(f"{folder} has a config.json but no weights (model*.safetensors or pytorch_model*.bin); "
+                    f"it has {list_names(folder)}")
 
 
 def inside(folder: Path, name: str, index: Path) -> Path:
@@ -132,7 +136,8 @@ def merge_files(files: list[Path]) -> dict[str, Entry]:
     for file in files:
         found = safetensors_entries(file) if file.suffix == ".safetensors" else pickle_entries(file)
         if both := sorted(set(entries) & set(found)):
-            raise UserError(f"tensor {both[0]} stands in {entries[both[0]].file.name} and in {file.name}: remove what does not belong to this model")
+            raise UserError(f"tensor {both[0]} stands in {entries[both[0]].file} and in {file.name}: remove what does "
+                            "not belong to this model")
         entries |= found
     return entries
 
@@ -143,7 +148,8 @@ def safetensors_entries(file: Path) -> dict[str, Entry]:
         handle = safe_open(file, framework="pt")
         names = list(handle.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}. The file is damaged or incomplete ({file.stat().st_size} bytes): download it again") from None
+        raise UserError(f"{file}: {error}. The file is damaged or incomplete ({file.stat().st_size} bytes): download "
+                        "it again") from None
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -156,7 +162,7 @@ def safetensors_entries(file: Path) -> dict[str, Entry]:
 
 
 def pickle_entries(file: Path) -> dict[str, Entry]:
-    """A .bin / .pth file. weights_only: what is not a tensor or a plain container is refused, no code of the file runs."""
+    """A .bin / .pth file. weights_only: what is no tensor or plain container is refused, no code of the file runs."""
     import pickle
     try:
         try:
@@ -170,8 +176,9 @@ def pickle_entries(file: Path) -> dict[str, Entry]:
         raise UserError(f"{file} holds something else than tensors and is not opened, it could run code ({reason}). "
                         "Convert it to safetensors where you trust it") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}. The file is damaged or incomplete "
-                        f"({file.stat().st_size} bytes): download it again") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} cannot be read: {reason}. The file is damaged or incomplete ({file.stat().st_size} "
+                        "bytes): download it again") from None
     for wrapper in ("state_dict", "model", "module"):               # what training scripts put around it
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -184,24 +191,26 @@ def pickle_entries(file: Path) -> dict[str, Entry]:
 # ---------------------------------------------------------------- LLaMA's other names, and the RoPE layout
 
 def to_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from interleaved pairs (0 1)(2 3).. to halves (0 2 .. | 1 3 ..), head by head: RoPE then rotates the
-    same pairs. rows of one head 0 1 2 3 -> 0 2 1 3. Works on the bias as well."""
+    """Rows of q or k from interleaved pairs (0 1)(2 3).. to halves (0 2 .. | 1 3 ..), head by head: RoPE then rotates
+    the same pairs. rows of one head 0 1 2 3 -> 0 2 1 3. Works on the bias as well."""
     D = weight.shape[0] // heads
     return weight.view(heads, D // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-META_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight",
-              "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-              "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
-              "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-GGUF_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight",
-              "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-              "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+NORMS = {"attention_norm": "input_layernorm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+META_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+              "output.weight": "lm_head.weight", **NORMS, "attention.wq": "self_attn.q_proj",
+              "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+              "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+              "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
+GGUF_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+              "output.weight": "lm_head.weight", **NORMS, "attn_q": "self_attn.q_proj",
+              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
 def rename(name: str, table: dict[str, str], layer: str) -> str:
-    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight; an unknown name stays, and is reported later."""
+    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight; unknown names stay, and are reported."""
     if name in table:
         return table[name]
     m = re.fullmatch(rf"{layer}\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -225,20 +234,22 @@ def open_meta(folder: Path) -> Source:
         raise UserError(f"{folder} has params.json but no consolidated.*.pth; it has {list_names(folder)}")
     expected = [f"consolidated.{i:02}.pth" for i in range(len(files))]
     if [f.name for f in files] != expected:
-        raise UserError(f"{folder}: the shards are {', '.join(f.name for f in files)}, expected {expected[0]} .. {expected[-1]} without a gap")
+        raise UserError(f"{folder}: the shards are {', '.join(f.name for f in files)}, expected {expected[0]} .. "
+                        f"{expected[-1]} without a gap")
     params = read_json(folder / "params.json")
     shards = [pickle_entries(f) for f in files]
     try:
         dim, heads = params["dim"], params["n_heads"]
-        config = {"model_type": "llama", "hidden_size": dim, "num_hidden_layers": params["n_layers"], "num_attention_heads": heads,
-                  "num_key_value_heads": params.get("n_kv_heads") or heads, "rms_norm_eps": params["norm_eps"],
-                  "rope_theta": params.get("rope_theta") or 10000.0}
+        config = {"model_type": "llama", "hidden_size": dim, "num_hidden_layers": params["n_layers"],
+                  "num_attention_heads": heads, "num_key_value_heads": params.get("n_kv_heads") or heads,
+                  "rms_norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta") or 10000.0}
         config["intermediate_size"] = shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards)
     except KeyError as missing:
         raise UserError(f"{folder}: {missing} is missing in params.json or in {files[0].name}") from None
     families.check_numbers(config, folder / "params.json")
-    config["max_position_embeddings"] = 8192 if config["rope_theta"] > 1e5 else 2048 if config["rms_norm_eps"] < 5e-6 else 4096
-    if params.get("use_scaled_rope"):                         # Meta's own code knows the factor by heart: 8, in 3.2's small models 32
+    newest, first = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6            # Llama 3, Llama 1; the file does
+    config["max_position_embeddings"] = 8192 if newest else 2048 if first else 4096      # not say how long it may get
+    if params.get("use_scaled_rope"):          # Meta's own code knows the factor by heart: 8, in 3.2's small models 32
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if dim < 4096 else 8.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         config["max_position_embeddings"] = 131072
@@ -287,7 +298,8 @@ def open_gguf(path: Path) -> Source:
         if value is None:
             raise UserError(f"{path}: {arch}.{key} is missing in the header")
         if not isinstance(value, kind):                        # a list: another number per layer
-            raise UserError(f"{path}: {arch}.{key} is {str(value)[:60]}, only one {kind.__name__} for the whole model is supported")
+            raise UserError(f"{path}: {arch}.{key} is {str(value)[:60]}, only one {kind.__name__} for the whole model "
+                            "is supported")
         return value
 
     heads = get("attention.head_count")
@@ -295,20 +307,21 @@ def open_gguf(path: Path) -> Source:
     if heads <= 0 or kv_heads <= 0:
         raise UserError(f"{path}: head counts {heads}, {kv_heads}")
     config = {"model_type": arch, "hidden_size": get("embedding_length"), "num_hidden_layers": get("block_count"),
-              "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": get("feed_forward_length"),
-              "rms_norm_eps": decimal(get("attention.layer_norm_rms_epsilon", 1e-5, float)), "max_position_embeddings": get("context_length"),
+              "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+              "intermediate_size": get("feed_forward_length"), "max_position_embeddings": get("context_length"),
+              "rms_norm_eps": decimal(get("attention.layer_norm_rms_epsilon", 1e-5, float)),
               "rope_theta": decimal(get("rope.freq_base", 10000.0, float))}
     config["head_dim"] = get("attention.key_length", 0) or config["hidden_size"] // heads
     if (turned := get("rope.dimension_count", config["head_dim"])) != config["head_dim"]:
-        raise UserError(f"{path}: RoPE turns {turned} of {config['head_dim']} numbers of a head; only all of them is supported")
-    entries = {}
+        raise UserError(f"{path}: RoPE turns {turned} of {config['head_dim']} numbers of a head; only all of them is "
+                        "supported")
+    permuted, entries = arch in INTERLEAVED_ARCHS, {}
     for name, (shape, *_) in tensors.items():
         if name == "rope_freqs.weight":
             continue
         new = rename(name, GGUF_NAMES, "blk")
-        read = interleaved(new, lambda name=name: gguf.read_tensor(path, name), heads, kv_heads) if arch in INTERLEAVED_ARCHS \
-            else (lambda name=name: gguf.read_tensor(path, name))
-        entries[new] = Entry(shape, read, path)
+        read = functools.partial(gguf.read_tensor, path, name)
+        entries[new] = Entry(shape, interleaved(new, read, heads, kv_heads) if permuted else read, path)
     if "model.embed_tokens.weight" in entries:
         config["vocab_size"] = entries["model.embed_tokens.weight"].shape[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in entries
@@ -326,15 +339,17 @@ def gguf_rope(path: Path, meta: dict, tensors: dict, arch: str, config: dict) ->
     """Llama 3.1's scaling comes as a table of divisors, the others by name."""
     kind = meta.get(f"{arch}.rope.scaling.type", "linear")    # files of 2023 hold the factor alone, and mean linear
     if "rope_freqs.weight" in tensors:
-        if (shape := tensors["rope_freqs.weight"][0]) != (config["head_dim"] // 2,) or not shape[0]:
-            raise UserError(f"{path}: tensor rope_freqs.weight is {shape}, the head of {config['head_dim']} asks for {(config['head_dim'] // 2,)}")
+        shape, needed = tensors["rope_freqs.weight"][0], (config["head_dim"] // 2,)
+        if shape != needed:
+            raise UserError(f"{path}: tensor rope_freqs.weight is {shape}, the head asks for {needed}")
         factors = gguf.read_tensor(path, "rope_freqs.weight").float().tolist()
-        known = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        known = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                 "original_max_position_embeddings": 8192}
         from model import llama3_frequencies
         base = config["rope_theta"] ** -(torch.arange(0, config["head_dim"], 2).float() / config["head_dim"])
         for factor in (8.0, 32.0):                            # recognised, it can be written down again for other tools
             table = base / llama3_frequencies(base, {**known, "factor": factor}, 8192)
-            if len(factors) == len(table) and torch.allclose(table, torch.tensor(factors), rtol=1e-4):
+            if torch.allclose(table, torch.tensor(factors), rtol=1e-4):
                 return {**known, "factor": factor}
         return {"rope_type": "factors", "factors": factors}
     if kind in ("none", "linear", "yarn"):
@@ -342,15 +357,16 @@ def gguf_rope(path: Path, meta: dict, tensors: dict, arch: str, config: dict) ->
         trained = meta.get(f"{arch}.rope.scaling.original_context_length")
         if kind == "none" or factor in (0, 1):
             return None
-        return {"rope_type": kind, "factor": factor} | ({"original_max_position_embeddings": trained} if trained else {})
+        scaling = {"rope_type": kind, "factor": factor}
+        return {**scaling, "original_max_position_embeddings": trained} if trained else scaling
     raise UserError(f"{path}: {arch}.rope.scaling.type is {kind!r}; known: none, linear, yarn")
 
 
 # ---------------------------------------------------------------- llama2.c
 
 def open_llama2c(path: Path) -> Source:
-    """Version 0 of llama2.c: dim, hidden, layers, heads, kv heads, vocabulary (negative: head of its own), length; then fp32
-    tensors kind by kind, all layers of a kind together."""
+    """Version 0 of llama2.c: dim, hidden, layers, heads, kv heads, vocabulary (negative: head of its own), length; then
+    fp32 tensors kind by kind, all layers of a kind together."""
     import struct
 
     import numpy as np
@@ -361,11 +377,14 @@ def open_llama2c(path: Path) -> Source:
         C, I, L, H, K, V, T = struct.unpack("<7i", file.read(28))  # noqa: E741
     tied, V = V > 0, abs(V)
     if min(C, I, L, H, K, V, T) <= 0 or max(C, I, V, T) > 1 << 24 or L > 1 << 12 or C % H or H % K:
-        raise UserError(f"{path}: a .bin file that is neither a pytorch_model*.bin nor a llama2.c model (its first integers are {C, I, L, H, K, V, T})")
+        raise UserError(f"{path}: a .bin file that is neither a pytorch_model*.bin nor a llama2.c model (its first "
+                        f"integers are {C, I, L, H, K, V, T})")
     D = C // H
-    kinds = [("model.embed_tokens", (V, C)), ("input_layernorm", (C,)), ("self_attn.q_proj", (C, C)), ("self_attn.k_proj", (K * D, C)),
-             ("self_attn.v_proj", (K * D, C)), ("self_attn.o_proj", (C, C)), ("post_attention_layernorm", (C,)), ("mlp.gate_proj", (I, C)),
-             ("mlp.down_proj", (C, I)), ("mlp.up_proj", (I, C)), ("model.norm", (C,)), ("rope", (T * D,))] + ([] if tied else [("lm_head", (V, C))])
+    kinds = [("model.embed_tokens", (V, C)), ("input_layernorm", (C,)), ("self_attn.q_proj", (C, C)),
+             ("self_attn.k_proj", (K * D, C)), ("self_attn.v_proj", (K * D, C)), ("self_attn.o_proj", (C, C)),
+             ("post_attention_layernorm", (C,)), ("mlp.gate_proj", (I, C)), ("mlp.down_proj", (C, I)),
+             ("mlp.up_proj", (I, C)), ("model.norm", (C,)), ("rope", (T * D,)), ("lm_head", (V, C))]
+    kinds = kinds[:-1] if tied else kinds
     spans, at = {}, 28
     for kind, shape in kinds:
         whole = kind.startswith(("model.", "rope", "lm_head"))
@@ -373,7 +392,8 @@ def open_llama2c(path: Path) -> Source:
             spans[(kind if whole else f"model.layers.{i}.{kind}") + ".weight"] = (at, shape)
             at += 4 * math.prod(shape)
     if at != size:
-        raise UserError(f"{path}: a llama2.c model of these sizes has {at} bytes, this file has {size}: damaged, or another version")
+        raise UserError(f"{path}: a llama2.c model of these sizes has {at} bytes, this file has {size}: damaged, or "
+                        "another version")
     data = np.memmap(path, dtype="<f4", mode="c", offset=28, shape=((size - 28) // 4,))
 
     def reader(start: int, shape: tuple) -> Callable[[], Tensor]:
@@ -381,7 +401,7 @@ def open_llama2c(path: Path) -> Source:
 
     entries = {name: Entry(shape, interleaved(name, reader(start, shape), H, K), path)
                for name, (start, shape) in spans.items() if name != "rope.weight"}
-    config = {"model_type": "llama", "hidden_size": C, "intermediate_size": I, "num_hidden_layers": L, "num_attention_heads": H,
-              "num_key_value_heads": K, "vocab_size": V, "max_position_embeddings": T, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-              "tie_word_embeddings": tied}
+    config = {"model_type": "llama", "hidden_size": C, "intermediate_size": I, "num_hidden_layers": L,
+              "num_attention_heads": H, "num_key_value_heads": K, "vocab_size": V, "max_position_embeddings": T,
+              "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": tied}
     return Source(path, config, entries)

@@ -46,8 +46,10 @@ TEMPERATURE = 0.7  # of the answers that are ranked, and of PPO: the reward mode
 
 # The three command lines of the recipe. What a reader would change for a real model is --init, --data and the sizes.
 SFT = """sft.py --init smollm2-135m --template chatml --data data/demo/sft.jsonl --valid data/demo/sft_heldout.jsonl
-    --epochs 3 --batch_size 16 --micro_batch 8 --no_packing --max_len 192 --lr 1e-3 --eval_every 23 --answer_len 60""".split()
-REWARD = """reward.py --epochs 1 --batch_size 8 --micro_batch 8 --lr 3e-4 --max_len 128 --valid_share 0.15 --eval_every 22""".split()
+    --epochs 3 --batch_size 16 --micro_batch 8 --no_packing --max_len 192 --lr 1e-3
+    --eval_every 25 --answer_len 60""".split()
+REWARD = """reward.py --epochs 1 --batch_size 8 --micro_batch 8 --lr 3e-4 --max_len 128
+    --valid_share 0.15 --eval_every 22""".split()
 PPO = f"""ppo.py --data data/demo/prompts.jsonl --valid data/demo/prompts_heldout.jsonl --eval_prompts 96
     --steps 12 --batch_size 64 --micro_batch 16 --ppo_epochs 2 --response_len {ANSWER_LEN} --temperature {TEMPERATURE}
     --lr 4e-4 --value_lr 4e-4 --kl_coef 0.03""".split()
@@ -103,7 +105,8 @@ def prefer(model_dir: Path, out: Path, seed: int) -> dict[str, float]:
         "ceiling": ceiling,
     }
     print(
-        f"{len(lines)} prompts, {len(texts)} answers: gold {figures['gold_mean']:+.2f} +- {figures['gold_std']:.2f}, {figures['ended']:.0%} ended, "
+        f"{len(lines)} prompts, {len(texts)} answers: gold {figures['gold_mean']:+.2f} +- {figures['gold_std']:.2f}, "
+        f"{figures['ended']:.0%} ended, "
         f"the noise leaves an accuracy of at most {ceiling:.1%}. Written to {out}"
     )
     return figures
@@ -112,7 +115,7 @@ def prefer(model_dir: Path, out: Path, seed: int) -> dict[str, float]:
 # ---------------------------------------------------------------- running and reading the stages
 
 def stage(command: list[str], out_dir: Path, seed: int, **flags) -> float:
-    """Runs one script as a user would, prints its command line, returns its seconds; a failed gate goes on, a crash does not."""
+    """Runs one script as a user would and returns its seconds; a failed gate goes on, a crash does not."""
     flags = {"out_dir": out_dir, "seed": seed, **flags}
     command = [*command, *[str(x) for name, value in flags.items() for x in (f"--{name}", value)], "--overwrite"]
     print(f"\n$ python {' '.join(command)}", flush=True)
@@ -134,8 +137,8 @@ def last(rows: list[dict], name: str) -> float:
 
 
 def judge_ppo(out: Path) -> tuple[list[dict], list[dict]]:
-    """Asks the gold judge about every answer that PPO sampled -> held-out answers before and after; the mean of each update
-    goes to gold.jsonl beside metrics.jsonl, for the report."""
+    """Asks the gold judge about every answer that PPO sampled -> held-out answers before and after; the mean of each
+    update goes to gold.jsonl beside metrics.jsonl, for the report."""
     samples = rows_of(out / "samples.jsonl")
     for row, g in zip(samples, gold([row["answer"] for row in samples])):
         row["gold"] = g
@@ -197,7 +200,7 @@ GATED = ("sft/eval_loss", "reward/accuracy", "ppo/proxy_rise", "ppo/gold_rise", 
 
 
 def gate(out: Path, figures: dict, before: list[dict], after: list[dict], bands: dict) -> bool:
-    """What no stage can say by itself: did the judge's opinion rise with the learned reward, and is all that as usual?"""
+    """What no stage can say by itself: did the judge's opinion rise with the learned reward, as it usually does?"""
     (proxy, proxy_error), (rise, error) = (difference(before, after, name) for name in ("score", "gold"))
     inside = [
         (
@@ -224,7 +227,8 @@ def gate(out: Path, figures: dict, before: list[dict], after: list[dict], bands:
             ("end tokens kept", figures["ppo/eos_rate"] >= 0.95, f"{figures['ppo/eos_rate']:.0%}"),
             *inside,
         ],
-        advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is too "
+        advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is "
+               "too "
         "little training; a figure outside its band: compare the curves with the bands behind them",
         run_dir=out,
     )

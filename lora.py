@@ -1,6 +1,6 @@
 """Low-rank adapters by hand (Hu et al. 2021, arXiv 2106.09685): a frozen matrix W learns a correction of rank r.
 
-    y = x W^T + (alpha / r) (x A^T) B^T          A (r, in) random,  B (out, r) zero:  at the first step y is bit for bit x W^T
+    y = x W^T + (alpha / r) (x A^T) B^T       A (r, in) random,  B (out, r) zero: at first y is x W^T, bit for bit
 
               x --------- W (frozen) ---------- + -- y
                \\--- A (r x in) --- B (out x r) --/
@@ -45,8 +45,8 @@ class LoRALinear(nn.Linear):
         self.scale: dict[str, float] = {}
         self.switch = switch
         self.merged: str | None = None                               # the adapter that `weight` contains just now
-        self.original: tuple[nn.Parameter] | None = None             # and the weight without it, to restore exactly; in a
-                                                                     # tuple, or it would be a parameter of the model
+        # And the weight without it, to restore it exactly; in a tuple, or it would be a parameter of the model.
+        self.original: tuple[nn.Parameter] | None = None
 
     def add(self, name: str, r: int, scale: float) -> None:
         device = self.weight.device
@@ -63,7 +63,7 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         name = self.switch.active
         if self.merged is not None and name != self.merged:
-            raise RuntimeError(f"adapter {self.merged!r} is merged into the weights, {name!r} was asked for: unmerge first")
+            raise RuntimeError(f"adapter {self.merged!r} is merged, {name!r} was asked for: unmerge first")
         if name is None or name not in self.scale or self.merged == name:
             return y
         A, B = self.lora_A[name].to(y.dtype), self.lora_B[name].to(y.dtype)
@@ -81,13 +81,15 @@ def layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, LoR
             yield path, module
 
 
-def apply(model: nn.Module, r: int = 16, alpha: float = 32.0, targets: tuple[str, ...] = ALL_LINEAR, name: str = "default") -> None:
+def apply(model: nn.Module, r: int = 16, alpha: float = 32.0, targets: tuple[str, ...] = ALL_LINEAR,
+          name: str = "default") -> None:
     """Freezes the model and puts a new adapter on every linear whose last name is in targets."""
     paths = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.split(".")[-1] in targets]
     missing = set(targets) - {path.split(".")[-1] for path in paths}
     if missing:
         names = sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(f"LoRA target {sorted(missing)[0]!r} is no linear layer of this model; it has: {', '.join(names)}")
+        raise UserError(f"LoRA target {sorted(missing)[0]!r} is no linear layer of this model; it has: "
+                        f"{', '.join(names)}")
     attach(model, name, {path: (r, alpha / r) for path in paths})
 
 
@@ -135,7 +137,8 @@ def use(model: nn.Module, name: str | None):
 
 def parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
     """(path, tensor) of one adapter, in the order of the layers."""
-    return [(f"{path}.{half}.{name}", getattr(m, half)[name]) for path, m in layers(model, name) for half in ("lora_A", "lora_B")]
+    return [(f"{path}.{half}.{name}", getattr(m, half)[name])
+            for path, m in layers(model, name) for half in ("lora_A", "lora_B")]
 
 
 def copy(model: nn.Module, source: str, target: str) -> None:
@@ -222,7 +225,8 @@ def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head:
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "base_model_name_or_path": base,
         "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
         "target_modules": sorted({path.split(".")[-1] for path in ranks}),
-        "rank_pattern": {p: k for p, k in ranks.items() if k != r}, "alpha_pattern": {p: a for p, a in alphas.items() if a != alpha},
+        "rank_pattern": {p: k for p, k in ranks.items() if k != r},
+        "alpha_pattern": {p: a for p, a in alphas.items() if a != alpha},
         "modules_to_save": None if head is None else ["score"], "inference_mode": True}
     if head is not None:
         tensors["base_model.model.score.weight"] = head.detach().float().cpu().contiguous()
@@ -248,10 +252,11 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
     for key, tensor in tensors.items():
         own = state.get(key.removeprefix("base_model.model.").removeprefix("model.").replace(".base_layer", ""))
         if own is not None and own.shape == tensor.shape and torch.equal(own, tensor.to(own)):
-            continue                     # PEFT copies embedding and head into the file when it adapts the head: nothing new
+            continue  # PEFT copies embedding and head into the file when it adapts the head: nothing new
         path, _, half = key.removesuffix(".weight").rpartition(".")
         if path not in ours or half not in ("lora_A", "lora_B"):
-            raise UserError(f"{file}: tensor {key} has no place in this model (is it an adapter of another base, or one with "
+            raise UserError(f"{file}: tensor {key} has no place in this model (is it an adapter of another base, or "
+                            "one with "
                             f"trained embeddings? merge it at load: load(base, lora=[{str(adapter_dir)!r}]))")
         halves.setdefault(ours[path], {})[half] = tensor
     patterns = config.get("alpha_pattern") or {}
@@ -263,7 +268,7 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
         for half, needed in (("lora_A", (r, linear.in_features)), ("lora_B", (linear.out_features, r))):
             if pair[half].shape != needed:
                 raise UserError(f"{file}: {half} of {path} is {tuple(pair[half].shape)}, the model needs {needed}")
-        full = peft_path(path).removeprefix("base_model.model.")     # PEFT's keys are expressions for the end of this name
+        full = peft_path(path).removeprefix("base_model.model.")  # PEFT's keys are expressions for the end of this name
         alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", full)), config["lora_alpha"])
         sizes[path] = (r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
     attach(model, name, sizes)

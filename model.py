@@ -7,7 +7,8 @@
 Attention is softmax(q k^T / sqrt(D) + bias) v. Position enters in one of two ways: RoPE rotates q and k by an angle
 that grows with the position (Su et al. 2021, arXiv 2104.09864), ALiBi adds a penalty that grows with the distance
 (Press et al. 2022, arXiv 2108.12409). Parameter names are those of the public LLaMA files without the leading
-"model.", so that loading is "strip the prefix, then strict"; q, k, v and gate, up stay separate matrices, which keeps LoRA short.
+"model.", so that loading is "strip the prefix, then strict"; q, k, v and gate, up stay separate matrices, which keeps
+LoRA short.
 
 Shapes:  B batch   T tokens   S cached tokens   C width   H heads   K key/value heads   D head dim   V vocabulary
 
@@ -18,9 +19,10 @@ One integer `mask` (B, T) says everything about padding and packing:
         mask       0 0 1 1 1      left padding        mask       1 1 1 2 2 0    two documents packed, one pad
         positions  0 0 0 1 2                          positions  0 1 2 0 1 0
 
-    mask=None means that every token is real. It may also be used for right-padded rows: a causal model never looks at what follows.
+    mask=None means that every token is real. It may also be used for right-padded rows: a causal model never looks at
+    what follows.
 
-    python -c "from checkpoints import load; m, t = load('smollm2-135m'); print(t.decode(m.generate(*t.prompt('Hi!'), 20)[0]))"
+    from checkpoints import load; m, t = load('smollm2-135m'); t.decode(m.generate(t.prompt('Hi'), 9)[0])
 """
 import math
 from collections.abc import Callable, Iterable
@@ -34,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelConfig:
-    """One config for every decoder. A field exists only where the computation differs: layouts are rewritten at load."""
+    """One config for every decoder. A field exists only where the computation differs: load rewrites layouts."""
     # --- size ---
     vocab_size: int = 32000
     hidden_size: int = 4096            # C
@@ -49,7 +51,7 @@ class ModelConfig:
     # --- positions ---
     positions: str = "rope"            # rope | alibi | none
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None   # {"rope_type": default | linear | dynamic | llama3 | yarn | factors, "factor": ..., ...}
+    rope_scaling: dict | None = None   # {"rope_type": default | linear | dynamic | llama3 | yarn | factors, ...}
     # --- attention and MLP ---
     qkv_bias: bool = False
     out_bias: bool = False
@@ -122,9 +124,9 @@ def rope_frequencies(config: ModelConfig, length: int = 0) -> tuple[Tensor, floa
 
 
 def llama3_frequencies(freq: Tensor, scaling: dict, trained: int) -> Tensor:
-    """Llama 3.1: slow pairs (wavelength over trained/low) are divided by the factor, fast ones kept, between them a blend."""
+    """Llama 3.1: slow pairs (wavelength over trained/low) are divided by the factor, fast ones kept, others blended."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = trained * freq / (2 * math.pi)                                     # how often a pair turns in the trained length
+    turns = trained * freq / (2 * math.pi)  # how often a pair turns in the trained length
     keep = ((turns - low) / (high - low)).clamp(0, 1)                          # 0: slow pair, 1: fast pair
     return (1 - keep) * freq / scaling["factor"] + keep * freq
 
@@ -169,8 +171,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """The penalty per token of distance, one per head: 2^(-8/n), 2^(-16/n), ... for n = 2^k heads (8 heads: 1/2 ... 1/256);
-    other counts take the next lower power of two and fill up with every other slope of the next higher one."""
+    """The penalty per token of distance, one per head: 2^(-8/n), 2^(-16/n), ... for n = 2^k heads (8 heads: 1/2 ...
+    1/256); other counts take the next lower power of two and fill up with every other slope of the next higher one."""
     n = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
@@ -192,7 +194,7 @@ SHORT = 256      # queries up to which a CPU does better with plain matrix produ
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D); `docs` is their mask (B, S)."""
+    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D), docs their mask (B, S)."""
     def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype):
         shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
@@ -231,8 +233,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     B, H, T, D = q.shape
     K, G = k.shape[1], H // k.shape[1]
     if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu")):
-        # Attention as it is written on paper, with the G heads that share a key head folded into the rows of one matrix:
-        # no key is copied. On a CPU it is five times faster than the library's attention for short rows, ten for one token.
+        # Attention as on paper, with the G heads that share a key head folded into the rows of one matrix: no key is
+        # copied. On a CPU it is five times faster than the library's attention for short rows, ten for one token.
         scores = (q.reshape(B, K, G * T, D) @ k.transpose(2, 3)).view(B, K, G, T, -1) / math.sqrt(D)
         scores = scores + bias.view(B, -1, max(1, bias.shape[1] // K), T, bias.shape[-1])    # (B, K, G, T, S)
         probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
@@ -306,7 +308,7 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """N(0, std), the two matrices that write into the residual stream scaled down by sqrt(2 * layers) as in GPT-2."""
+        """N(0, std); what writes into the residual stream is scaled down by sqrt(2 * layers), as in GPT-2."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -321,7 +323,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final norm. With a cache the ids follow the tokens that are already in it."""
+        """(B, T) ids -> (B, T, C) after the final norm. With a cache the ids follow the tokens that are in it."""
         B, T = ids.shape
         x = self.embed_tokens(ids)
         docs, positions, bias = self.layout(ids, mask, cache, x.dtype)
@@ -362,9 +364,9 @@ class Transformer(nn.Module):
                  top_k: int | None = None, top_p: float | None = None, eos_ids: Iterable[int] = (),
                  generator: torch.Generator | None = None, pad_id: int = 0,
                  on_token: Callable[[Tensor], None] | None = None, logprobs: list[Tensor] | None = None) -> Tensor:
-        """(B, P) prompts, padded on either side -> (B, n) new tokens, n <= max_new_tokens; 0.0 = greedy; a row keeps its
-        end token and is filled with pad_id behind it. on_token((B,) ids) is called after every step; a list given as
-        logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn."""
+        """(B, P) prompts, padded on either side -> (B, n) new tokens, n <= max_new_tokens; 0.0 = greedy; a row keeps
+        its end token and is filled with pad_id behind it. on_token((B,) ids) is called after every step; a list given
+        as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn."""
         ids, mask = left_pad(ids, mask)
         B, P = ids.shape
         cache = Cache(self.config, B, P + max_new_tokens, ids.device, self.embed_tokens.weight.dtype)
@@ -396,18 +398,19 @@ class Transformer(nn.Module):
 
 def left_pad(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Moves the padding of each row to its left, so that the last column holds the last real token of every row.
-    ids [[5, 6, 0], [7, 8, 9]] with mask [[1, 1, 0], [1, 1, 1]] -> ids [[0, 5, 6], [7, 8, 9]], mask [[0, 1, 1], [1, 1, 1]]"""
+    ids [[5, 6, 0], [7, 8, 9]], mask [[1, 1, 0], [1, 1, 1]] -> [[0, 5, 6], [7, 8, 9]], [[0, 1, 1], [1, 1, 1]]"""
     if mask is None:
         return ids, torch.ones_like(ids)
     assert bool((mask > 0).any(1).all()), "a row of the batch has no real token: generate needs at least one per prompt"
-    order = (mask > 0).long().argsort(dim=1, stable=True)                      # pads first, real tokens keep their order
+    order = (mask > 0).long().argsort(dim=1, stable=True)      # pads first, real tokens keep their order
     return ids.gather(1, order), (mask > 0).long().gather(1, order)
 
 
 def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int | None = None,
            top_p: float | None = None) -> tuple[Tensor, Tensor]:
-    """(B, V) logits, (B,) uniform noise -> (B,) ids and their log-probabilities, by inverting the cumulative distribution:
-    a row's draw depends on its own noise only, so it gives the same text whoever else is in the batch. noise None = greedy."""
+    """(B, V) logits, (B,) uniform noise -> (B,) ids and their log-probabilities, by inverting the cumulative
+    distribution: a row's draw depends on its own noise only, so it gives the same text whoever else is in the batch.
+    noise None = greedy."""
     logits = logits.float()
     if not bool(torch.isfinite(logits.sum())):
         bad = (~torch.isfinite(logits)).any(-1).nonzero().flatten().tolist()
@@ -426,6 +429,7 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int 
         probs = probs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
     total = probs.cumsum(-1)                                                   # (B, V)
     new = torch.searchsorted(total, noise[:, None] * total[:, -1:], right=True)        # first index with total > noise
-    last = (total < total[:, -1:]).sum(-1, keepdim=True)                       # where the sum is complete: rounding may not
-    new = torch.minimum(new, last)                                             # carry the draw to an impossible token behind it
+    # Where the sum is complete: rounding may not carry the draw to an impossible token behind it.
+    last = (total < total[:, -1:]).sum(-1, keepdim=True)
+    new = torch.minimum(new, last)
     return new[:, 0], (probs.gather(1, new) / total[:, -1:]).log()[:, 0]

@@ -2,8 +2,8 @@
 without letting it drift far from the model it started as.
 
     per token:    r_t = -beta * (log p_policy - log p_reference) + [t = last token] * reward(prompt + answer)
-    advantage:    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t    GAE, 1506.02438 eq. 16
-    policy loss:  mean over answer tokens of max(-A rho, -A clip(rho, 1-e, 1+e)),  rho = p_new / p_old    PPO, arXiv
+    advantage:    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t    GAE, eq. 16
+    policy loss:  mean over answer tokens of max(-A rho, -A clip(rho, 1-e, 1+e)),  rho = p_new / p_old       PPO, eq. 7
     1707.06347 eq. 7 value loss:   mean of 1/2 max((V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2),   R = A + V_old
 
 Four roles, one base: the reference is the frozen base itself; policy, value and reward are adapters on it with their
@@ -61,7 +61,7 @@ class Config:
     response_len: int = 48             # tokens an answer may take
     temperature: float = 1.0           # of the sampler, and of every log-probability: they must be one distribution
     missing_eos: float | None = -1.0   # score of an answer that did not end by itself; none: judge it as it is
-    merge: bool = False                # sample with the adapter merged in: a quarter faster, but bf16 rounds W + BA (val/sampler_gap)
+    merge: bool = False                # sample with the adapter merged in: faster, but bf16 rounds W + BA
     # --- reward and KL ---
     kl_coef: float = 0.05              # beta: the price of a nat away from the reference
     kl_target: float | None = None     # nats per answer: beta then adapts to hold this KL (6 in Ziegler et al. 2019)
@@ -358,8 +358,8 @@ def response_values(roles: Roles, ids: Tensor, mask: Tensor, response: Tensor) -
 
 
 def plan(r: Rollout, order: Tensor, cfg: Config) -> list[list[Tensor]]:
-    """Minibatches of micro-batches of row numbers. Within a minibatch rows of similar length stand together: their padding
-    is cut off, which halves the work, and a sum of gradients does not depend on the order."""
+    """Minibatches of micro-batches of row numbers. Within a minibatch rows of similar length stand together: their
+    padding is cut off, which halves the work, and a sum of gradients does not depend on the order."""
     size = math.ceil(len(order) / cfg.minibatches / cfg.micro_batch) * cfg.micro_batch
     lengths = r.mask.sum(1).cpu()
     return [list(rows[lengths[rows].argsort(stable=True)].split(cfg.micro_batch)) for rows in order.split(size)]

@@ -1,16 +1,12 @@
 """The report of a run, or of a chain of runs: one HTML file that needs nothing else, no network and no script.
 
-It is read from what a run folder holds (config.json, metrics.jsonl, samples.jsonl, gate.json) and shows, in the order
-of the questions one asks: did it work (gates), what does it write now (the same prompts answered by several models),
-how did it get there (curves, and behind them the band of earlier seeds), what did it cost (time, memory, versions), and
-what do the figures mean (the glossary of docs/metrics.md).
-
-The curves are SVG written by hand: a viewBox scales to a phone and to paper, and a <title> is shown by the pointer.
-A value that is null in metrics.jsonl was no number: it leaves a gap in its line, and the legend says so.
+It answers, in this order: did it work (gates), what does it write now (the same prompts answered by several models),
+how did it get there (curves, the range of earlier seeds behind them), what did it cost (time, memory, versions), what
+do the figures mean (docs/metrics.md). The curves are SVG by hand: they scale to a phone and to paper, and tell their
+values to the pointer. A null in metrics.jsonl was no number and leaves a gap.
 
     python report.py out/sft                                        # -> out/sft/report.html
-    python report.py out/sft out/reward out/ppo --out report.html
-    python report.py out/demo --bands course/expected/demo.json     # every run in that folder
+    python report.py out/sft out/reward out/ppo --out report.html --bands course/expected/demo.json
 """
 import argparse
 import html
@@ -24,491 +20,352 @@ from pathlib import Path
 import common
 
 GLOSSARY = Path(__file__).parent / "docs" / "metrics.md"
-# Per stage: the title of a plot, its metrics, and values that its axis always reaches, so that noise looks like noise.
+# Per script: the title of a plot, its metrics, and values that its axis always reaches, so that noise looks like noise.
+# Whatever else was logged is drawn too, one metric a plot, folded away.
 PLOTS: dict[str, list[tuple[str, tuple[str, ...], tuple[float, ...]]]] = {
-    "sft": [
-        ("Loss per supervised token, nats", ("loss", "eval/loss"), ()),
-        ("Share of answers that end", ("eval/eos_rate",), (0, 1)),
-        ("Gradient norm", ("grad_norm",), (0,)),
-        ("Learning rate", ("lr",), (0,)),
-        ("Speed, tokens a second", ("tokens_per_sec",), (0,))],
-    "reward": [
-        ("Ranking loss", ("loss",), (0.6931,)),
-        ("Accuracy", ("accuracy", "eval/accuracy", "eval/longer_wins"), (0.4, 1)),
-        ("Margin, better minus worse", ("margin", "eval/margin"), (0,)),
-        ("Gradient norm", ("grad_norm",), (0,)),
-        ("Learning rate", ("lr",), (0,)),
-        ("Speed, tokens a second", ("tokens_per_sec",), (0,))],
-    "ppo": [
-        ("Reward: learned (proxy) and gold", ("objective/scores", "gold/score", "eval/scores"), (0,)),
-        ("KL to the reference, nats per answer", ("objective/kl", "objective/kl_k3", "eval/kl"), (0,)),
-        ("Share of answers that end", ("val/eos_rate", "eval/eos_rate"), (0, 1)),
-        ("Answer length, tokens", ("val/response_length", "eval/response_length"), (0,)),
-        ("Entropy, nats per answer", ("objective/entropy",), ()),
-        ("Entropy, nats per token", ("policy/entropy_avg",), ()),
-        ("What is maximised: score - beta KL", ("objective/rlhf_reward", "objective/non_score_reward"), (0,)),
-        ("Probability ratio", ("val/ratio",), (0.95, 1.05)),
-        ("Size of one update", ("policy/approxkl_avg", "val/ratio_var"), (0,)),
-        ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg"), (0,)),
-        ("Policy loss", ("loss/policy_avg",), (0,)),
-        ("Value loss", ("loss/value_avg",), (0,)),
-        ("Explained variance of the value", ("val/explained_variance",), (0, 1)),
-        ("Gradient norms", ("policy/grad_norm", "value/grad_norm"), (0,)),
-        ("Same distribution? Log-probability gaps", ("val/sampler_gap", "val/first_ratio_gap"), (0,)),
-        ("Seconds per update", ("time/generate", "time/score", "time/train"), (0,)),
-        ("Learning rate", ("lr",), (0,)),
-        ("Speed, answer tokens a second", ("tokens_per_sec",), (0,))],
+    "sft": [("Loss per supervised token, nats", ("loss", "eval/loss"), ()),
+            ("Share of answers that end", ("eval/eos_rate",), (0, 1))],
+    "reward": [("Ranking loss", ("loss",), (0.6931,)),
+               ("Accuracy", ("eval/accuracy", "eval/longer_wins", "accuracy"), (0.4, 1)),
+               ("Margin, better minus worse", ("eval/margin", "margin"), (0,))],
+    "ppo": [("Reward: learned (proxy) and gold", ("objective/scores", "gold/score", "eval/scores"), (0,)),
+            ("KL to the reference, nats per answer", ("objective/kl", "objective/kl_k3", "eval/kl"), (0,)),
+            ("Share of answers that end", ("val/eos_rate", "eval/eos_rate"), (0, 1)),
+            ("Answer length, tokens", ("val/response_length", "eval/response_length"), (0,)),
+            ("Entropy, nats per answer", ("objective/entropy",), (0,)),
+            ("What PPO maximises: score - beta KL", ("objective/rlhf_reward", "objective/non_score_reward"), (0,)),
+            ("Probability ratio new / old", ("val/ratio",), (0.95, 1.05)),
+            ("Size of an update", ("policy/approxkl_avg", "val/ratio_var"), (0,)),
+            ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg"), (0,)),
+            ("Explained variance of the value", ("val/explained_variance",), (0, 1)),
+            ("Seconds of an update", ("time/generate", "time/score", "time/train"), (0,))],
 }
-W, H, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 56, 12, 12, 40      # a plot in units of its viewBox
-POINTS, HOVERS, SHOWN, LONGEST = 240, 60, 8, 1500     # what is drawn at most: the file stays far below a megabyte
+W, H, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 56, 12, 12, 40      # a plot, in units of its viewBox
+POINTS, HOVERS, TEXTS, LETTERS = 240, 60, 8, 1500              # drawn at most: the file stays far below a megabyte
 
 
 # ---------------------------------------------------------------- what a run folder holds
 
 @dataclass
 class Stage:
-    """One run folder: `name` is the heading, `kind` the script that wrote it (which plots, bands and meanings)."""
+    """One run folder. `name` is its heading, `kind` the script that wrote it: which plots and which meanings."""
     name: str
     kind: str
-    dir: Path
-    gate: dict | None
     config: dict
+    gate: dict
     samples: list[dict]
-    series: dict[str, list[tuple[float, float | None]]] = field(default_factory=dict)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise common.UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise common.UserError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
-
-
-def read_lines(path: Path) -> list[dict]:
-    """A .jsonl file; [] when there is none. The last line may be cut off: the run is being written, or was killed."""
-    if not path.exists():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8").split("\n")     # not splitlines(): a text may hold U+2028
-    for i, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            if i < len(lines):
-                raise common.UserError(f"{path}:{i}: not JSON ({error}): mend or delete this line") from None
-        if rows and not isinstance(rows[-1], dict):
-            raise common.UserError(f"{path}:{i}: expected an object with named values, found {line[:60]}")
-    return rows
-
-
-def read_run(name: str, folder: str | Path) -> Stage:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise common.UserError(f"the report of {name} needs the run folder {folder}, which does not exist: give the "
-                               "--out_dir of a run")
-    gate = read_json(folder / "gate.json") if (folder / "gate.json").exists() else None
-    if gate and not {"passed", "checks"} <= set(gate):
-        raise common.UserError(f"{folder / 'gate.json'} lacks 'passed' or 'checks', it has {', '.join(gate)}")
-    if not gate and not (folder / "metrics.jsonl").exists():
-        raise common.UserError(f"{folder} holds neither metrics.jsonl nor gate.json: it is no run folder, or its run "
-                               "stopped before the first step")
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    stage = Stage(name, config.get("stage", name), folder, gate, config, read_lines(folder / "samples.jsonl"))
-    for file in ("metrics.jsonl", "gold.jsonl"):
-        for row in read_lines(folder / file):
-            for metric, value in row.items():
-                if metric != "step" and "step" in row and (value is None or isinstance(value, (int, float))):
-                    stage.series.setdefault(metric, []).append((row["step"], finite(value)))
-    for points in stage.series.values():
-        points.sort(key=lambda point: point[0])
-    return stage
+    series: dict[str, list[tuple[float, float | None]]] = field(default_factory=dict)            # metric: (step, value)
+    intervals: dict[tuple[str, float], tuple[float, float]] = field(default_factory=dict)        # of (metric, step)
 
 
 def finite(x) -> float | None:
-    return float(x) if isinstance(x, (int, float)) and abs(x) < 1e300 else None          # False for nan as well
+    return float(x) if isinstance(x, (int, float)) and abs(x) < 1e300 else None          # nan < 1e300 is false
 
 
-# ---------------------------------------------------------------- curves
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, or the one of a .json file; [] when there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows, lines = [], [text] if path.suffix == ".json" else text.split("\n")     # a text may hold U+2028: no splitlines
+    for i, line in enumerate(lines, 1):
+        try:
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            if path.suffix == ".json" or i < len(lines):               # a last line without its end is being written
+                raise common.UserError(f"{path}:{i}: no JSON object ({error}): mend or delete it") from None
+    return rows
+
+
+def read_run(name: str, folder: Path) -> Stage:
+    config, gate = ((read_lines(folder / file) or [{}])[0] for file in ("config.json", "gate.json"))
+    if not gate and not (folder / "metrics.jsonl").exists():
+        there = "holds neither metrics.jsonl nor gate.json" if folder.is_dir() else "does not exist"
+        raise common.UserError(f"{folder} (for {name}) {there}: give the --out_dir of a run that has begun")
+    stage = Stage(name, config.get("stage", name), config, gate, read_lines(folder / "samples.jsonl"))
+    for row in [*read_lines(folder / "metrics.jsonl"), *read_lines(folder / "gold.jsonl")]:
+        step = row.pop("step", 0)
+        for metric, value in row.items():
+            if value is None or isinstance(value, (int, float)):
+                stage.series.setdefault(metric, []).append((step, finite(value)))
+            if None not in (ends := [finite(row.get(metric + end)) for end in ("_low", "_high")]):
+                stage.intervals[metric, step] = tuple(ends)
+    return stage
+
 
 def esc(text: object) -> str:
-    """Text as HTML shows it. Models write anything: tags, control characters, halves of a surrogate pair."""
+    """Text as HTML shows it. Models write anything: tags, control characters, half a pair of surrogates."""
     clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", str(text).replace("\r\n", "\n"))
     return html.escape(clean.encode("utf-8", "replace").decode("utf-8"))
 
 
-def number(x: float) -> str:
-    return f"{x:.4g}"
+def number(x: object) -> str:
+    return "-" if finite(x) is None else f"{x:.4g}"
 
 
-def ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """At most six round numbers from low to high: 1, 2 or 5 times a power of ten apart.   0.1, 0.93 -> 0.2 .. 0.8"""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    gap = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    gap = max(1.0, gap) if whole else gap
-    digits = max(0, -math.floor(math.log10(gap)))
-    return [round(k * gap, digits) for k in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
+def inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(text))
 
 
-@dataclass
+def glossary() -> tuple[str, dict[tuple[str, str], str]]:
+    """docs/metrics.md (headings, paragraphs, tables) as HTML, and {(script, metric): healthy range} for the plots. The
+    script is the `name.py` of the heading above a table, "" for all of them. A | in a cell is written \\|."""
+    if not GLOSSARY.exists():
+        raise common.UserError(f"{GLOSSARY} is missing: the report takes the meaning of the metrics from it")
+    parts, healthy, script = [], {}, ""
+    for block in re.split(r"\n\s*\n", GLOSSARY.read_text(encoding="utf-8").strip()):
+        if block.startswith("#"):
+            script = "".join(re.findall(r"`(\w+)\.py`", block))
+            parts.append(f"<h3>{inline(block.lstrip('# '))}</h3>")
+        elif not block.startswith("|"):
+            parts.append(f"<p>{inline(block)}</p>")
+        else:
+            head, _, *body = ([cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+                              for row in block.split("\n"))
+            parts.append("<table><tr>" + "".join(f"<th>{inline(h)}</th>" for h in head) + "</tr>")
+            for row in body:
+                healthy[script, row[0].strip("`")] = row[2]
+                cells = (f'<td data-label="{esc(h)}">{inline(cell)}</td>' for h, cell in zip(head, row, strict=True))
+                parts.append(f'<tr id="{script}-{esc(row[0].strip("`"))}">{"".join(cells)}</tr>')
+            parts.append("</table>")
+    return "".join(parts[1:]), healthy                                 # without the title: the section has one
+
+
+# ---------------------------------------------------------------- curves
+
 class Frame:
-    """From steps and values to places in the viewBox."""
-    x0: float
-    x1: float
-    y0: float
-    y1: float
+    """What the axes of a plot span, and where a point lies in its viewBox."""
+    def __init__(self, points: list[tuple], reach: Sequence[float]):
+        xs, ys = [p[0] for p in points], [*reach, *(p[1] for p in points if p[1] is not None)]
+        low, high = min(ys), max(ys)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):              # one value: in the middle
+            low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+        air = 0.04 * (high - low)
+        self.x0, self.x1 = min(xs), max(*xs, min(xs) + 1)
+        self.y0, self.y1 = low - air * (low not in reach), high + air * (high not in reach)
 
     def at(self, x: float, y: float) -> str:
         across = LEFT + (x - self.x0) / (self.x1 - self.x0) * (W - LEFT - RIGHT)
         return f"{across:.1f},{H - BOTTOM - (y - self.y0) / (self.y1 - self.y0) * (H - TOP - BOTTOM):.1f}"
 
 
-def frame(lines: list[list], reach: Sequence[float]) -> Frame:
-    """The smallest frame around all points and the values that the axis must reach, with a little air."""
-    xs = [x for points in lines for x, _ in points] or [0]
-    ys = [y for points in lines for _, y in points if y is not None] + list(reach) or [0]
-    low, high = min(ys), max(ys)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):                                # one value: in the middle
-        low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
-    air = 0.04 * (high - low)
-    return Frame(min(xs), max(max(xs), min(xs) + 1), low - air * (low not in reach), high + air * (high not in reach))
+def ticks(low: float, high: float, smallest: float = 0.0) -> list[float]:
+    """At most six round numbers, 1, 2 or 5 times a power of ten apart: 0.1 .. 0.93 -> 0.2, 0.4, 0.6, 0.8"""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    gap = max(smallest, next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9)))
+    return [k * gap for k in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
 
 
 def axes(f: Frame) -> str:
-    parts = []
+    floor, right, parts = H - BOTTOM, W - RIGHT, []
     for y in ticks(f.y0, f.y1):
-        (x, place), end = f.at(f.x0, y).split(","), W - RIGHT
-        parts.append(f'<line class="grid" x1="{x}" y1="{place}" x2="{end}" y2="{place}"/>'
-                     f'<text x="{LEFT - 6}" y="{float(place) + 4:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in ticks(f.x0, f.x1, whole=True):
-        place = f.at(x, f.y0).split(",")[0]
-        parts.append(f'<line class="axis" x1="{place}" y1="{H - BOTTOM}" x2="{place}" y2="{H - BOTTOM + 4}"/>'
-                     f'<text x="{place}" y="{H - BOTTOM + 18}" text-anchor="middle">{x:.10g}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" y1="{H - BOTTOM}" x2="{W - RIGHT}" y2="{H - BOTTOM}"/>'
-                 f'<text x="{(LEFT + W - RIGHT) / 2}" y="{H - 5}" text-anchor="middle">step</text>')
+        up = float(f.at(f.x0, y).split(",")[1])
+        parts.append(f'<path class="grid" d="M{LEFT},{up} H{right}"/>'
+                     f'<text x="{LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    for x in ticks(f.x0, f.x1, smallest=1):                            # no half steps
+        across = f.at(x, f.y0).split(",")[0]
+        parts.append(f'<path class="axis" d="M{across},{floor} v4"/>'
+                     f'<text x="{across}" y="{floor + 18}" text-anchor="middle">{x:.10g}</text>')
+    return (f'{"".join(parts)}<path class="axis" d="M{LEFT},{floor} H{right}"/>'
+            f'<text x="{(LEFT + right) / 2}" y="{H - 5}" text-anchor="middle">step</text>')
+
+
+def thin(points: list) -> list:
+    """Of a long line the lowest and the highest point and the first gap of every stretch: no spike gets lost."""
+    size, kept = math.ceil(3 * len(points) / POINTS), []
+    for part in (points[i:i + size] for i in range(0, len(points), size)):
+        known, gaps = sorted((y, x) for x, y in part if y is not None), [p for p in part if p[1] is None]
+        kept += sorted({*gaps[:1], *((x, y) for y, x in known[:1] + known[-1:])}, key=lambda p: p[0])
+    return kept if len(points) > POINTS else points
+
+
+def curve(f: Frame, name: str, stage: Stage) -> str:
+    """One metric: a path broken at its gaps, dots where points are few or stand alone, and texts to hover over."""
+    pieces: list[list] = [[]]
+    for x, y in thin(stage.series[name]):
+        pieces += [[]] if y is None else []
+        pieces[-1] += [] if y is None else [(x, y)]
+    parts = ['<path class="line" d="M' + " L".join(f.at(*p) for p in piece) + '"/>' for piece in pieces if piece[1:]]
+    known = [(x, y, len(piece) == 1) for piece in pieces for x, y in piece]
+    for i, (x, y, alone) in enumerate(known):
+        (across, up), text = f.at(x, y).split(","), f"{name} at step {x:.10g}: {number(y)}"
+        if ends := stage.intervals.get((name, x)):
+            low, high = (f.at(x, end).split(",")[1] for end in ends)
+            parts.append(f'<path class="interval" d="M{across},{low} V{high}"/>')
+            text += f" (95 % interval {number(ends[0])} .. {number(ends[1])})"
+        if alone or len(known) <= 20:
+            parts.append(f'<circle class="dot" cx="{across}" cy="{up}" r="3"/>')
+        if i % math.ceil(len(known) / HOVERS) == 0 or i == len(known) - 1:
+            parts.append(f'<circle class="hover" cx="{across}" cy="{up}" r="8"><title>{esc(text)}</title></circle>')
     return "".join(parts)
 
 
-def thin(points: list, most: int = POINTS) -> list:
-    """Long lines keep the lowest and highest point and the first gap of every stretch: no spike gets lost."""
-    size, kept = max(1, math.ceil(3 * len(points) / most)), []
-    for i in range(0, len(points) if size > 1 else 0, size):
-        part = points[i:i + size]
-        known = sorted((p for p in part if p[1] is not None), key=lambda p: p[1])
-        kept += sorted({*known[:1], *known[-1:], *[p for p in part if p[1] is None][:1]}, key=lambda p: p[0])
-    return kept or points
-
-
-def line(f: Frame, name: str, points: list, k: int, whiskers: dict) -> str:
-    """One metric: a path broken at gaps, dots where there are few or where a point stands alone, texts to hover."""
-    points, pieces, parts = thin(points), [[]], []
-    for x, y in points:
-        if y is None:
-            pieces.append([])
-        else:
-            pieces[-1].append((x, y))
-    pieces = [piece for piece in pieces if piece]
-    path = " ".join("M" + " L".join(f.at(*p) for p in piece) for piece in pieces if len(piece) > 1)
-    parts.append(f'<path class="line s{k}" d="{path}"/>' if path else "")
-    known = [p for piece in pieces for p in piece]
-    every = math.ceil(len(known) / HOVERS) or 1
-    alone = [piece[0] for piece in pieces if len(piece) == 1]
-    for i, (x, y) in enumerate(known):
-        (px, py), text = f.at(x, y).split(","), f"{name}, step {x:.10g}: {number(y)}"
-        if x in whiskers:
-            low, high = (f.at(x, end).split(",")[1] for end in whiskers[x])
-            parts.append(f'<line class="whisker s{k}" x1="{px}" y1="{low}" x2="{px}" y2="{high}"/>')
-            text += f" (95 % interval {number(whiskers[x][0])} .. {number(whiskers[x][1])})"
-        if len(known) <= 20 or (x, y) in alone:
-            parts.append(f'<circle class="dot s{k}" cx="{px}" cy="{py}" r="3"/>')
-        if i % every == 0 or i == len(known) - 1:
-            parts.append(f'<circle class="hover" cx="{px}" cy="{py}" r="8"><title>{esc(text)}</title></circle>')
-    return "".join(parts)
-
-
-def band_points(band: dict | None) -> list[tuple[float, float, float, float]]:
-    """(step, low, median, high) where all of them are numbers."""
-    rows = zip(*(band[key] for key in ("step", "low", "median", "high")), strict=True) if band else []
-    return [row for row in rows if all(finite(x) is not None for x in row)]
-
-
-def draw_band(f: Frame, band: list, k: int) -> str:
-    there, back = [f.at(x, high) for x, _, _, high in band], [f.at(x, low) for x, low, _, _ in reversed(band)]
-    middle = " ".join(f.at(x, median) for x, _, median, _ in band)
-    return (f'<polygon class="band s{k}" points="{" ".join(there + back)}"/>'
-            f'<polyline class="median s{k}" points="{middle}"/>')
+def shade(f: Frame, band: list[tuple]) -> str:
+    around = [f.at(x, high) for x, _, _, high in band] + [f.at(x, low) for x, low, _, _ in reversed(band)]
+    median = " ".join(f.at(x, y) for x, _, y, _ in band)
+    return f'<polygon class="band" points="{" ".join(around)}"/><polyline class="median" points="{median}"/>'
 
 
 def plot(title: str, names: Sequence[str], reach: Sequence[float], stage: Stage, bands: dict, healthy: dict) -> str:
-    """One figure with the metrics of `names` that were logged; empty when none was."""
+    """One figure with those metrics of `names` that were logged; empty when none was."""
     names = [name for name in names if any(y is not None for _, y in stage.series.get(name, []))]
     if not names:
         return ""
-    whiskers = {name: {x: (low, high) for (x, low), (_, high) in zip(*(stage.series[name + end] for end in (
-        "_low", "_high"))) if low is not None} for name in names if name + "_low" in stage.series}
-    shades = {name: band_points(bands.get(name)) for name in names}
-    edges = [[(x, y) for x, *ys in shade for y in ys] for shade in shades.values()]
-    edges += [[(x, y) for x, ys in ends.items() for y in ys] for ends in whiskers.values()]
-    f = frame([stage.series[name] for name in names] + edges, reach)
-    lines, legend = [], []
-    for k, name in enumerate(names, 1):
-        values = [y for _, y in stage.series[name]]
-        known = [y for y in values if y is not None]
-        lost = f", {len(values) - len(known)} values were no numbers" if len(known) < len(values) else ""
-        lines.append(line(f, name, stage.series[name], k, whiskers.get(name, {})))
-        legend.append(f'<li class="s{k}"><i></i><a href="#{esc(stage.kind)}-{esc(name)}">{esc(name)}</a> '
-                      f'{number(known[0])} &rarr; {number(known[-1])}{lost}</li>')
-    shaded = "".join(draw_band(f, shades[name], k) for k, name in enumerate(names, 1) if shades[name])
-    notes = [f"<b>{esc(name)}</b> {inline(healthy[key])}" for name in names
-             if (key := (stage.kind, name)) in healthy or (key := ("", name)) in healthy]
+    ranges = {n: [row for row in zip(*(bands[n][key] for key in ("step", "low", "median", "high")))
+                  if None not in map(finite, row)] for n in names if n in bands}
+    points = [p for n in names for p in stage.series[n]]
+    points += [(x, y) for (n, x), ends in stage.intervals.items() if n in names for y in ends]
+    f = Frame(points + [(x, y) for band in ranges.values() for x, *ys in band for y in ys], reach)
+    behind, front, legend, notes = [], [], [], []
+    for k, n in enumerate(names, 1):
+        behind += [f'<g class="s{k}">{shade(f, ranges[n])}</g>'] if ranges.get(n) else []
+        front.append(f'<g class="s{k}">{curve(f, n, stage)}</g>')
+        known = [y for _, y in stage.series[n] if y is not None]
+        lost = f", {len(stage.series[n]) - len(known)} without a number" if len(known) < len(stage.series[n]) else ""
+        legend.append(f'<li><i class="s{k}"></i>{esc(n)}: {number(known[0])} &rarr; {number(known[-1])}{lost}</li>')
+        notes += [f'<a href="#{esc(script)}-{esc(n)}">{esc(n)}</a>: {inline(healthy[script, n])}'
+                  for script in (stage.kind, "") if (script, n) in healthy]
+    notes += ["shaded: range of earlier seeds, dotted: their median"] if behind else []
     return (f'<figure><h4>{esc(title)}</h4><ul class="legend">{"".join(legend)}</ul>'
-            f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)} over steps">{axes(f)}{shaded}'
-            f'{"".join(lines)}</svg>{"<p>shaded: range of earlier seeds, dotted: their median</p>" if shaded else ""}'
+            f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)}">{axes(f)}{"".join(behind + front)}</svg>'
             f'<figcaption>{"<br>".join(notes)}</figcaption></figure>')
 
 
 def curves(stage: Stage, bands: dict, healthy: dict) -> str:
-    """The plots that tell most, then, folded away, every other metric that was logged."""
     wanted = PLOTS.get(stage.kind, [])
-    seen = {name for _, names, _ in wanted for name in names}
-    rest = [name for name in stage.series if name not in seen and not name.endswith(("_low", "_high"))]
-    main_plots = "".join(plot(*spec, stage, bands, healthy) for spec in wanted)
-    others = "".join(plot(name, (name,), (), stage, bands, healthy) for name in rest)
-    return (f'<div class="plots">{main_plots}</div>' if main_plots else "") + (
-        f'<details><summary>{len(rest)} more metrics</summary><div class="plots">{others}</div></details>'
-        if others else "")
-
-
-# ---------------------------------------------------------------- the glossary
-
-def inline(text: str) -> str:
-    """`code`, **bold** and [text](link) of Markdown; the links lead out of the file, so only their text stays."""
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(text))
-    return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text))
-
-
-def blocks(text: str) -> list[tuple[str, str, list[list[str]]]]:
-    """The headings, paragraphs and tables of Markdown: (kind, text, rows); a table's text is the script of its heading.
-    A | inside a cell is written \\|, as Markdown asks."""
-    found, script = [], ""
-    for part in re.split(r"\n\s*\n|(?<=\n)(?=#)", text.replace("\r\n", "\n")):
-        part = part.strip()
-        if part.startswith("#"):
-            script = (re.findall(r"`(\w+)\.py`", part) or [""])[0]
-            found.append((f"h{min(4, len(part) - len(part.lstrip('#')) + 1)}", part.lstrip("# "), []))
-        elif part.startswith("|"):
-            rows = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row.strip())[1:-1]]
-                    for row in part.split("\n")]
-            found.append(("table", script, [rows[0], *rows[2:]]))
-        elif part:
-            found.append(("p", part, []))
-    return found
-
-
-def glossary() -> tuple[str, dict[tuple[str, str], str]]:
-    """docs/metrics.md as HTML, and the healthy range of (script, metric), which stands under the plots."""
-    if not GLOSSARY.exists():
-        raise common.UserError(f"{GLOSSARY} is missing: the report takes the meaning of the metrics from it")
-    parts, healthy = [], {}
-    for kind, text, rows in blocks(GLOSSARY.read_text(encoding="utf-8")):
-        if kind != "table":
-            parts.append(f"<{kind}>{inline(text)}</{kind}>")
-            continue
-        head, *body = rows
-        parts.append("<table><tr>" + "".join(f"<th>{inline(cell)}</th>" for cell in head) + "</tr>")
-        for row in body:
-            name = row[0].strip("`")
-            healthy[text, name] = row[2]
-            cells = "".join(f'<td data-label="{esc(h)}">{inline(c)}</td>' for h, c in zip(head, row, strict=True))
-            parts.append(f'<tr id="{esc(text)}-{esc(name)}">{cells}</tr>')
-        parts.append("</table>")
-    return "".join(parts), healthy
+    drawn = {name for _, names, _ in wanted for name in names}
+    rest = [(name, (name,), ()) for name in stage.series if name not in drawn and not name.endswith(("_low", "_high"))]
+    first, more = ("".join(plot(*spec, stage, bands, healthy) for spec in specs) for specs in (wanted, rest))
+    return (f'<div class="plots">{first}</div><details><summary>More figures</summary><div class="plots">{more}</div>'
+            '</details>' if stage.series else "")
 
 
 # ---------------------------------------------------------------- the other sections
 
-def gates(stages: list[Stage]) -> str:
-    parts = []
-    for stage in stages:
-        if not stage.gate:
-            parts.append(f'<div class="gate none"><h3>{esc(stage.name)}: no gate yet</h3><p>It is passed or failed at '
-                         "the end of the run; this one has not come there.</p></div>")
-            continue
-        ok = bool(stage.gate["passed"])
-        checks = "".join(f'<li>{"&#10003;" if c["ok"] else "&#10007; <b>FAILED</b>"} {esc(c["name"])}: '
-                         f'{esc(c["figure"])}</li>' for c in stage.gate["checks"])
-        advice = "" if ok or not stage.gate.get("advice") else f'<p><b>What to do:</b> {esc(stage.gate["advice"])}</p>'
-        parts.append(f'<div class="gate {"pass" if ok else "fail"}"><h3>GATE {esc(stage.name)} '
-                     f'{"PASS" if ok else "FAIL"}</h3><ul>{checks}</ul>{advice}</div>')
-    return "".join(parts)
+def gate(stage: Stage) -> str:
+    if not stage.gate:
+        return f'<div class="gate none"><h3>{esc(stage.name)}: no gate yet</h3>The run has not come to its end.</div>'
+    word = "PASS" if stage.gate["passed"] else "FAIL"
+    checks = "".join(f'<li>{"&#10003;" if check["ok"] else "&#10007; FAILED:"} {esc(check["name"])}: '
+                     f'{esc(check["figure"])}</li>' for check in stage.gate["checks"])
+    advice = f'<b>What to do:</b> {esc(stage.gate.get("advice") or "read the curves below")}' if word == "FAIL" else ""
+    return f'<div class="gate {word}"><h3>GATE {esc(stage.name)} {word}</h3><ul>{checks}</ul>{advice}</div>'
 
 
-def side_by_side(rows: list[tuple[str, dict[str, str], dict[str, str]]]) -> str:
-    """Rows of (prompt, {column: text}, {column: a note below it}): a table, on a phone one card per prompt."""
-    columns = list(dict.fromkeys(name for _, answers, _ in rows for name in answers))
-    parts = ['<table class="texts"><tr><th>prompt</th>' + "".join(f"<th>{esc(c)}</th>" for c in columns) + "</tr>"]
-    for prompt, answers, notes in rows:
-        cells = f'<td data-label="prompt" dir="auto">{esc(prompt[:LONGEST])}</td>'
-        for c in columns:
-            text = answers.get(c, "")
-            text = text if len(text) <= LONGEST else f"{text[:LONGEST]} [... {len(text) - LONGEST} characters more]"
-            note = f"<small>{esc(notes[c])}</small>" if c in notes else ""
-            cells += f'<td data-label="{esc(c)}" dir="auto">{esc(text)}{note}</td>'
-        parts.append(f"<tr>{cells}</tr>")
-    return "".join(parts) + "</table>"
+def side_by_side(rows: list[tuple[str, dict[str, str]]]) -> str:
+    """Rows of (prompt, {column: text}); on a phone every prompt becomes a card."""
+    columns, parts = dict.fromkeys(name for _, texts in rows for name in texts), []
+    for prompt, texts in rows:
+        cells = {"prompt": prompt, **{name: texts.get(name, "") for name in columns}}.items()
+        parts.append("<tr>" + "".join(f'<td data-label="{esc(name)}" dir="auto">{esc(text[:LETTERS])}'
+                                      f'{" [...]" * (len(text) > LETTERS)}</td>' for name, text in cells) + "</tr>")
+    head = "".join(f"<th>{esc(name)}</th>" for name in ("prompt", *columns))
+    return f'<table class="texts"><tr>{head}</tr>{"".join(parts)}</table>' if rows else ""
 
 
 def samples(stage: Stage) -> str:
-    """What the run itself wrote down: answers at its first and last measurement, or the surest verdicts of a judge."""
-    rows = [row for row in stage.samples if row.get("split") != "train" and ("answer" in row or "margin" in row)]
-    last = [row for row in rows if row["step"] == rows[-1]["step"]]
-    if rows and "margin" in rows[0]:
-        pairs = [(f"margin {number(row['margin'])}", {"preferred by the label": row["chosen"], "the other one":
-                 row["rejected"]}, {}) for row in last[:SHOWN // 2] + last[SHOWN // 2:][-(SHOWN // 2):]]
-        return "<h3>Held-out pairs it got most wrong, and most right</h3>" + side_by_side(pairs)
-    first = [row for row in rows if row["step"] == rows[0]["step"]]
-    table = []
-    for pair in list(zip(first, last))[:SHOWN]:
-        told = {f"step {row['step']}": row for row in pair}
-        notes = {step: ", ".join(f"{key} {number(row[key])}" for key in ("score", "kl", "tokens") if key in row)
-                 + ("" if row.get("ended", True) else " did not end") for step, row in told.items()}
-        table.append((pair[0].get("prompt", ""), {step: row["answer"] for step, row in told.items()}, notes))
-    return "<h3>Held-out prompts before and after</h3>" + side_by_side(table) if table else ""
+    """What the run wrote down itself: held-out answers before and after, or a reward model's surest verdicts."""
+    rows = [row for row in stage.samples if row.get("split") != "train"]
+    first, last = ([row for row in rows if row["step"] == rows[end]["step"]] for end in (0, -1))
+    told = [(new["prompt"], {f"step {row['step']}": row["answer"] for row in (old, new)})
+            for old, new in zip(first, last) if "answer" in new]
+    told += [(f"margin {number(row['margin'])}", {"labelled better": row["chosen"], "labelled worse": row["rejected"]})
+             for row in last if "margin" in row]
+    return "<h3>Held-out samples</h3>" + side_by_side(told[:TEXTS // 2] + told[TEXTS // 2:][-TEXTS // 2:]) if told else ""
 
 
-def times(stages: list[Stage]) -> dict[str, float]:
-    """Seconds of each run from its own log, PPO's split into sampling, scoring and training."""
-    found = {}
-    for stage in stages:
-        total = max((y for _, y in stage.series.get("seconds", []) if y is not None), default=0.0)
-        for name in ("generate", "score", "train"):
-            if points := stage.series.get(f"time/{name}"):
-                found[f"{stage.name}: {name}"] = sum(y or 0.0 for _, y in points)
-                total -= found[f"{stage.name}: {name}"]
-        if total > 0:
-            found[f"{stage.name}: rest" if "time/train" in stage.series else stage.name] = total
-    return found
-
-
-def time_table(timing: dict[str, float], memory_gb: float | None) -> str:
-    timing = {name: max(0.0, seconds) for name, seconds in timing.items() if finite(seconds) is not None}
-    total = sum(timing.values()) or 1.0
-    rows = "".join(f'<tr><td>{esc(name)}</td><td>{common.duration(s)}</td><td>{s / total:.0%}</td>'
-                   f'<td class="bar"><i style="width:{100 * s / max(timing.values(), default=1) or 0:.1f}%"></i></td></tr>'
-                   for name, s in timing.items())
-    rows += f"<tr><th>total</th><th>{common.duration(sum(timing.values()))}</th><th></th><th></th></tr>"
+def costs(stages: list[Stage], timing: dict[str, float], memory_gb: float | None) -> str:
+    """Where the time went; when nobody measured it, by the logs of the runs, PPO's in parts."""
+    for stage in () if timing else stages:
+        parts = {f"{stage.name}: {name[5:]}": sum(y or 0 for _, y in points)
+                 for name, points in stage.series.items() if name.startswith("time/")}
+        whole = max((y or 0 for _, y in stage.series.get("seconds", [])), default=0)
+        timing = {**timing, **parts, f"{stage.name}: rest" if parts else stage.name: whole - sum(parts.values())}
+    timing = {name: seconds for name, seconds in timing.items() if (finite(seconds) or 0) > 0}
+    total = sum(timing.values())
+    rows = "".join(f"<tr><td>{esc(name)}</td><td>{common.duration(seconds)}</td><td>{seconds / total:.0%}</td>"
+                   f'<td class="bar"><i style="width:{100 * seconds / total:.1f}%"></i></td></tr>'
+                   for name, seconds in timing.items())
     memory = f"<p>Peak memory of the largest process: {memory_gb:.1f} GB</p>" if finite(memory_gb) else ""
-    return f'<table class="times">{rows}</table>{memory}'
+    return f'<table class="times">{rows}<tr><th>total</th><th>{common.duration(total)}</th></tr></table>{memory}'
 
 
-def machine(stages: list[Stage]) -> str:
-    """The command, versions and options of each run: what somebody needs to do it again."""
-    parts = []
-    for stage in (s for s in stages if s.config):
-        c = stage.config
-        facts = [c.get("date"), c.get("device"), c.get("dtype"), f"ranks {c.get('ranks', 1)}", *(
-            f"{name} {version}" for name, version in c.get("versions", {}).items()), c.get("git") and f"git {c['git']}"]
-        facts += [f"resumed {len(c['sessions'])} times"] if c.get("sessions") else []
-        parts.append(f"<h3>{esc(stage.name)}</h3><pre>python {esc(c.get('command', '?'))}</pre>"
-                     f"<p>{esc(', '.join(str(fact) for fact in facts if fact))}</p><details><summary>all options"
-                     f"</summary><pre>{esc(json.dumps(c.get('config', {}), indent=1))}</pre></details>")
-    return "".join(parts)
+def versions(stage: Stage) -> str:
+    """What somebody needs to do it again."""
+    facts = {**stage.config, "sessions": 1 + len(stage.config.get("sessions", [])), "command": "", "config": ""}
+    facts |= {"versions": ", ".join(" ".join(item) for item in stage.config.get("versions", {}).items())}
+    told = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+    options = json.dumps(stage.config.get("config", {}), indent=1, ensure_ascii=False)
+    return (f"<h3>{esc(stage.name)}</h3><pre>python {esc(stage.config.get('command', '?'))}</pre><p>{esc(told)}</p>"
+            f"<details><summary>All options</summary><pre>{esc(options)}</pre></details>" if stage.config else "")
 
 
-CSS = """
-:root{color-scheme:light dark;--bg:#fafaf8;--fg:#1c1e22;--soft:#5b616b;--line:#d8dade;--card:#fff;--pass:#14733a;
---fail:#b3261e;--s1:#1f5fbf;--s2:#b94a06;--s3:#12783f;--s4:#7b3fb5}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e6e7ea;--soft:#a5abb5;--line:#383c44;
---card:#1c1f24;--pass:#187a40;--fail:#b8372e;--s1:#74adff;--s2:#ffa066;--s3:#62d293;--s4:#caa0ff}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:1240px;padding:1rem;background:var(--bg);color:var(--fg);
-font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{margin:.2em 0}h2{margin:2em 0 .6em;border-bottom:2px solid
-var(--line)}h4{margin:0 0 .3em}a{color:inherit}nav a{margin-right:1em}p,small,figcaption{color:var(--soft)}
-.gates,.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
-.gate{padding:.8rem 1rem;border-radius:8px;color:#fff;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.gate h3{margin:0;font-size:1.4rem}.gate ul{margin:.4em 0 0;padding:0;list-style:none}.gate p{color:#fff}
-.pass{background:var(--pass)}.fail{background:var(--fail)}.none{background:#6a6f78}
-figure{margin:0;padding:.8rem;background:var(--card);border:1px solid var(--line);border-radius:8px;max-width:620px}
-figure p,figcaption{margin:.3em 0 0;font-size:.8rem}.legend{margin:0;padding:0;list-style:none;font-size:.85rem}
-.legend i{display:inline-block;width:1.8em;margin-right:.5em;border-top:3px solid;vertical-align:middle}
-svg{width:100%;height:auto;display:block}svg text{font:13px system-ui,sans-serif;fill:var(--soft)}
-.grid{stroke:var(--line)}.axis{stroke:var(--soft)}.line{fill:none;stroke-width:2;stroke-linejoin:round}
-.s1{stroke:var(--s1)}.s2{stroke:var(--s2)}.s3{stroke:var(--s3)}.s4{stroke:var(--s4)}.line.s2{stroke-dasharray:7 3}
-.line.s3{stroke-dasharray:2 3}.dot.s1{fill:var(--s1)}.dot.s2{fill:var(--s2)}.dot.s3{fill:var(--s3)}.hover{fill:transparent}
-.legend .s1 i{border-color:var(--s1)}.legend .s2 i{border-color:var(--s2);border-top-style:dashed}
-.legend .s3 i{border-color:var(--s3);border-top-style:dotted}.whisker{stroke-width:1.5}.band{stroke-opacity:.35;
-fill-opacity:.16}.band.s1{fill:var(--s1)}.band.s2{fill:var(--s2)}.band.s3{fill:var(--s3)}
-.median{fill:none;stroke-dasharray:2 4;opacity:.8}
-table{border-collapse:collapse;width:100%;font-size:.9rem;background:var(--card)}th,td{border:1px solid var(--line);
-padding:.4rem .6rem;text-align:left;vertical-align:top}.texts td{white-space:pre-wrap}td small{display:block;margin-top:.4em}
-.bar{width:45%}.bar i{display:block;height:1.1em;background:var(--s1);print-color-adjust:exact}
-pre{white-space:pre-wrap;background:var(--card);border:1px solid var(--line);padding:.6rem;font-size:.85rem}
-details{margin:1em 0}summary{cursor:pointer}tr:target{outline:3px solid var(--s2)}
-@media (max-width:680px){table:not(.times) tr,table:not(.times) td{display:block;border-bottom:0}table:not(.times) th
-{display:none}table:not(.times) tr{margin-bottom:1rem;border:1px solid var(--line)}table:not(.times) td::before
-{content:attr(data-label);display:block;font-size:.75rem;font-weight:bold;color:var(--soft)}}
-@media print{body{max-width:none;font-size:11px}figure,tr,.gate{break-inside:avoid}nav{display:none}}
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{css}</style></head><body><h1>{title}</h1><p>{summary}</p><nav>{nav}</nav>{body}</body></html>
-"""
+CSS = """:root{color-scheme:light dark;--bg:#fafaf8;--fg:#1c1e22;--soft:#5b616b;--rule:#d8dade;--card:#fff;--1:#1f5fbf;
+--2:#b94a06;--3:#12783f}@media screen and (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e6e7ea;--soft:#a5abb5;
+--rule:#383c44;--card:#1c1f24;--1:#74adff;--2:#ffa066;--3:#62d293}}*{box-sizing:border-box}body{margin:auto;padding:1rem;
+max-width:1240px;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h2{
+margin:2em 0 .6em;border-bottom:2px solid var(--rule)}h4{margin:0}a{color:inherit}nav a{margin-right:1em}p,figcaption{
+color:var(--soft)}.gates,.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
+ul{margin:.3em 0;padding:0;list-style:none}.gate{padding:.8rem 1rem;border-radius:8px;color:#fff;background:#62676f}
+.gate h3{margin:0;font-size:1.4rem}.PASS{background:#14733a}.FAIL{background:#b3261e}.gate,.bar i{
+print-color-adjust:exact;-webkit-print-color-adjust:exact}figure{margin:0;padding:.8rem;max-width:620px;background:
+var(--card);border:1px solid var(--rule);border-radius:8px}figcaption,.legend{font-size:.85rem}.legend i{display:
+inline-block;width:1.8em;margin-right:.5em;border-top:3px solid;vertical-align:middle}svg{display:block;width:100%}
+svg text{fill:var(--soft);font:13px system-ui,sans-serif}path,.median{fill:none;stroke:var(--rule)}.axis{stroke:
+var(--soft)}.s1{color:var(--1)}.s2{color:var(--2)}.s3{color:var(--3)}g path{stroke:currentColor;stroke-width:2}
+.s2 .line{stroke-dasharray:7 3}.s3 .line{stroke-dasharray:2 3}.legend .s2{border-top-style:dashed}.legend .s3{
+border-top-style:dotted}.dot,.band{fill:currentColor}.hover{fill:transparent}.band{fill-opacity:.16;stroke:currentColor;
+stroke-opacity:.3}.median{stroke:currentColor;stroke-dasharray:2 4}table{border-collapse:collapse;width:100%;font-size:
+.9rem;background:var(--card)}th,td{padding:.4rem .6rem;border:1px solid var(--rule);text-align:left;vertical-align:top}
+.texts td,pre{white-space:pre-wrap}.bar{width:45%}.bar i{display:block;height:1.1em;background:var(--1)}summary{cursor:
+pointer}tr:target{outline:3px solid var(--2)}@media (max-width:680px){table:not(.times) :is(tr,td){display:block}
+table:not(.times) th{display:none}table:not(.times) tr{margin-bottom:1rem}table:not(.times) td::before{display:block;
+content:attr(data-label);font-weight:bold;color:var(--soft)}}
+@media print{body{max-width:none;font-size:11px}figure,tr,.gate{break-inside:avoid}nav{display:none}}"""
 
 
 def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: Sequence[dict] = (),
           timing: dict[str, float] | None = None, memory_gb: float | None = None, bands: dict | None = None,
           notes: Sequence[str] = ()) -> None:
-    """Writes the report of `runs` {stage: run folder}. panels: [{"prompt", "answers": {model: text}, "gold": {model:
-    score}}]; timing: {part: seconds}, from the logs when left out; bands: {stage: {metric: step, low, median, high}}.
-    """
+    """One report of `runs` {stage: run folder}; panels: [{"prompt", "answers": {model: text}, "gold": {model: score}}];
+    timing: {part: seconds}, without it from the logs; bands: {stage: {metric: {"step", "low", "median", "high"}}}."""
     if not runs:
         raise common.UserError("a report needs at least one run folder")
-    stages, (meanings, healthy) = [read_run(name, folder) for name, folder in runs.items()], glossary()
-    rows = [(p["prompt"], p["answers"], {name: f"gold {g:+.2f}" for name, g in p.get("gold", {}).items()})
-            for p in panels]
-    sections = {"Gates": f'<div class="gates">{gates(stages)}</div>',
-                "Side by side": side_by_side(rows) if rows else ""}
+    stages, (meanings, healthy) = [read_run(name, Path(folder)) for name, folder in runs.items()], glossary()
+    told = [(p["prompt"], {name: text + f"\n[gold {number(p['gold'].get(name))}]" * ("gold" in p)
+                           for name, text in p["answers"].items()}) for p in panels]
+    sections = {"Gates": f'<div class="gates">{"".join(map(gate, stages))}</div>', "Side by side": side_by_side(told)}
     for stage in stages:
         shades = (bands or {}).get(stage.name) or (bands or {}).get(stage.kind) or {}
-        sections[f"Curves: {stage.name}"] = curves(stage, shades, healthy) + samples(stage)
-    timing = timing or times(stages)
-    sections |= {"Where the time goes": time_table(timing, memory_gb), "Versions and commands": machine(stages),
-                 "What the figures mean": meanings}
+        sections[f"Curves of {stage.name}"] = curves(stage, shades, healthy) + samples(stage)
+    sections |= {"Where the time goes": costs(stages, timing or {}, memory_gb),
+                 "Versions and commands": "".join(map(versions, stages)), "What the figures mean": meanings}
     sections = {name: text for name, text in sections.items() if text}
+    passed = [bool(stage.gate["passed"]) for stage in stages if stage.gate]
+    intro = "".join(f"<p>{esc(note)}</p>" for note in [f"{sum(passed)} of {len(passed)} gates passed", *notes])
+    nav = "".join(f'<a href="#part{i}">{esc(name)}</a> ' for i, name in enumerate(sections))
     body = "".join(f'<section id="part{i}"><h2>{esc(name)}</h2>{text}</section>'
                    for i, (name, text) in enumerate(sections.items()))
-    nav = " ".join(f'<a href="#part{i}">{esc(name)}</a>' for i, name in enumerate(sections))
-    gated = [bool(stage.gate["passed"]) for stage in stages if stage.gate]
-    summary = " ".join([f"{sum(gated)} of {len(gated)} gates passed.", *notes])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(path, PAGE.format(title=esc(title), css=CSS, summary=esc(summary), nav=nav, body=body))
-
-
-def find_runs(folders: Sequence[str]) -> dict[str, Path]:
-    """{name: run folder}; a folder that is no run stands for the runs inside it. Equal stages get their path added."""
-    found: list[tuple[str, Path]] = []
-    for folder in map(Path, folders):
-        inside = sorted(folder.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
-        runs = [folder] if (folder / "metrics.jsonl").exists() or not inside else [file.parent for file in inside]
-        for run in runs:
-            config = read_json(run / "config.json") if (run / "config.json").exists() else {}
-            found.append((config.get("stage", run.name), run))
-    kinds = [kind for kind, _ in found]
-    return {kind if kinds.count(kind) == 1 else f"{kind} ({run.as_posix()})": run for kind, run in found}
+    # The policy below is a second lock behind esc(): no script runs and nothing is fetched, whatever a model wrote.
+    common.atomic_write(path, f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>{CSS}</style></head><body><h1>{esc(title)}</h1>{intro}<nav>{nav}</nav>{body}</body></html>\n""")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders, or a folder that holds some")
-    parser.add_argument("--out", default="", help="the file to write (default: report.html in the first folder)")
-    parser.add_argument("--bands", default="", help="a file of make bands: draws the range of its seeds")
-    parser.add_argument("--title", default="ChatPiXiu report")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
+    parser.add_argument("--bands", type=Path, help="a file that make bands wrote: draws the range of its seeds")
     args = parser.parse_args()
-    out = Path(args.out or Path(args.runs[0]) / "report.html")
-    write(out, args.title, find_runs(args.runs), bands=read_json(Path(args.bands)).get("curves") if args.bands else None)
+    if args.bands and not args.bands.exists():
+        raise common.UserError(f"--bands {args.bands} does not exist: make bands writes course/expected/demo.json")
+    kinds = [(read_lines(run / "config.json") or [{}])[0].get("stage", run.name) for run in args.runs]
+    runs = {kind if kinds.count(kind) == 1 else f"{kind} {run}": run for kind, run in zip(kinds, args.runs)}
+    out = args.out or args.runs[0] / "report.html"
+    write(out, f"ChatPiXiu: {', '.join(runs)}", runs, bands=read_lines(args.bands)[0]["curves"] if args.bands else None)
     print(f"wrote {out}")
 
 

@@ -3,9 +3,10 @@
     P(answer a is preferred to b) = sigmoid(r(a) - r(b))                            Bradley & Terry 1952
     loss = - mean over pairs of log sigmoid(r(chosen) - r(rejected))                Ouyang et al. 2022, eq. 1
 
-K ranked answers of one prompt give K (K-1) / 2 pairs, which go through the model together. The reward is one number per answer: the last hidden state of its end token times a vector. Only differences are
-trained, so the zero is arbitrary; afterwards scores are shifted and scaled to mean 0 and std 1 on reference answers,
-which is what gives PPO's KL coefficient a meaning.
+K ranked answers of one prompt give K (K-1) / 2 pairs, which go through the model together. The reward is one number per
+answer: the last hidden state of its end token times a vector. Only differences are trained, so the zero is arbitrary;
+afterwards scores are shifted and scaled to mean 0 and std 1 on reference answers, which is what gives PPO's KL
+coefficient a meaning.
 
     python reward.py                                                    # the embedded default, a laptop
     python reward.py --init out/sft/model --data hh_rlhf.jsonl --out_dir out/reward
@@ -319,7 +320,7 @@ def main(cfg: Config) -> bool:
 
         # ---- one step: the mean over all prompts of the step, whatever the micro-batches and ranks
         started = time.perf_counter()
-        groups = sorted(batches.next(), key=lambda g: max(map(len, g["sequences"])))      # similar lengths: less padding
+        groups = sorted(batches.next(), key=lambda g: max(map(len, g["sequences"])))    # similar lengths: less padding
         n_prompts = common.all_sum(len(groups))
         step_loss, margins, tokens = 0.0, [], 0
         for i in range(0, len(groups), cfg.micro_batch):

@@ -1,6 +1,6 @@
 """Stage 1, supervised fine-tuning: show a language model conversations and let it learn the assistant's half of them.
 
-    loss = - 1/N  sum over supervised tokens t of  log p(token_t | tokens before t)      N = their number in the whole step
+    loss = - 1/N  sum over supervised tokens t of  log p(token_t | tokens before t)         N: all of the step
 
 Only the assistant's words and their end token are supervised. The end token matters most: a model that never saw it
 as a target never stops. N is counted first, over all micro-batches and all ranks: a mean of means would weigh short

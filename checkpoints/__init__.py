@@ -8,7 +8,6 @@ parameter goes from the file to its place one at a time: loading needs the memor
 """
 import glob
 import importlib.util
-import json
 import os
 import re
 from pathlib import Path
@@ -123,7 +122,8 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
          lora: tuple | list = (), delta: str | Path | None = None, new_rows: str | None = None, network: bool = False):
     """A name or a path -> (model, tokenizer or None). lora: PEFT directories to merge, in order; delta: a checkpoint of
     differences, new_rows "zero" or "mean" for the rows that the base lacks. Errors name the file and the tensor."""
-    from data.tokenizer import load_tokenizer                # the tokenizer of a GGUF file reads its header through us
+    # Not at the top: the tokenizer of a GGUF file reads its header through us.
+    from data.tokenizer import load_tokenizer
     path = resolve(name_or_path, network)
     source, tokenizer_at = open_any(path, network)
     adapters.apply(source, [Path(p) for p in lora], None if delta is None else resolve(delta), new_rows)

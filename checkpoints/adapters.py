@@ -93,8 +93,8 @@ class Lora:
 
 
 class Delta:
-    """A checkpoint whose weights are differences to the base. Where it has more rows, the base's new rows count as zero or
-    as the mean of the old ones; which one, only the authors of the delta know (Vicuna v0: zero, Alpaca: mean)."""
+    """A checkpoint whose weights are differences to the base. Where it has more rows, the base's new rows count as
+    zero or as the mean of the old ones; only the authors of the delta know which (Vicuna v0: zero, Alpaca: mean)."""
     def __init__(self, folder: Path, source: formats.Source, new_rows: str | None):
         self.source, self.new_rows, self.folder = formats.open_source(folder), new_rows, folder
         if new_rows not in (None, "zero", "mean"):

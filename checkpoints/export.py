@@ -1,6 +1,6 @@
 """Writes a model as a Hugging Face directory, which transformers, vLLM, llama.cpp's converter and we read.
 
-    config.json  generation_config.json  model.safetensors (or shards and an index)  tokenizer files  chat_template.jinja
+    config.json  generation_config.json  model.safetensors (or shards, index)  tokenizer files  chat_template.jinja
 
 Every file is written under another name, synced and renamed, config.json last: a directory that has one is complete.
 """

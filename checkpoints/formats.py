@@ -247,8 +247,8 @@ def open_meta(folder: Path) -> Source:
     except KeyError as missing:
         raise UserError(f"{folder}: {missing} is missing in params.json or in {files[0].name}") from None
     families.check_numbers(config, folder / "params.json")
-    newest, first = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6            # Llama 3, Llama 1; the file does
-    config["max_position_embeddings"] = 8192 if newest else 2048 if first else 4096      # not say how long it may get
+    newest, first = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6          # Llama 3, Llama 1: the length is
+    config["max_position_embeddings"] = 8192 if newest else 2048 if first else 4096    # not written in the file
     if params.get("use_scaled_rope"):          # Meta's own code knows the factor by heart: 8, in 3.2's small models 32
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if dim < 4096 else 8.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -4,9 +4,9 @@
     read_preferences(path)  {"prompt": [messages], "answers": [best, ..., worst]}
     read_prompts(path)      {"prompt": [messages]}
 
-The format is recognised by the keys of the first row, and reported. Every row knows its file and line. A row that does not
-fit is an error that names them, what was found and what was expected; with skip_bad it is counted instead. What is left out
-for other reasons (empty answers, ties, identical answers) is counted and printed too.
+The format is recognised by the keys of the first row, and reported. Every row knows its file and line. A row that does
+not fit is an error that names them, what was found and what was expected; with skip_bad it is counted instead. What is
+left out for other reasons (empty answers, ties, identical answers) is counted and printed too.
 """
 import difflib
 import gzip
@@ -18,9 +18,8 @@ from pathlib import Path
 
 from common import UserError
 
-ROLES = {"user": "user", "human": "user", "prompter": "user", "question": "user", "assistant": "assistant", "gpt": "assistant",
-         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant", "model": "assistant",
-         "system": "system"}
+ROLES = {"user": "user", "human": "user", "prompter": "user", "question": "user", "system": "system",
+         **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")}
 ASK = ("prompt", "question", "query", "input")                     # names under which people store a prompt ...
 ANSWER = ("completion", "response", "answer", "output", "reply")   # ... and an answer
 ANSWERS = ("answers", "responses", "completions", "candidates", "ranking", "output")
@@ -49,25 +48,27 @@ class Rows(list):
 
 # ---------------------------------------------------------------- rows of a file
 
-def read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")])
         raise UserError(f"no file {path}" + (f"; that folder has {', '.join(near)}" if near else ""))
     if path.is_dir():
-        raise UserError(f"{path} is a folder, name one file of it: {', '.join(sorted(p.name for p in path.iterdir())[:5])}")
+        raise UserError(f"{path} is a folder, name one file of it: "
+                        f"{', '.join(sorted(p.name for p in path.iterdir())[:5])}")
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         return data.decode("utf-8-sig")                            # with or without a byte order mark
     except UnicodeDecodeError as error:
         line = data[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: byte {data[error.start]:#x} is not UTF-8: save the file as UTF-8 (was it GBK?)") from None
+        raise UserError(f"{path}:{line}: byte {data[error.start]:#x} is not UTF-8: save the file as UTF-8 (was it "
+                        "GBK?)") from None
     except (OSError, EOFError) as error:
         raise UserError(f"{path} is a damaged gzip file: {error}") from None
 
 
 def items(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """(file:line, row) of a JSON array, of one object that holds an array, or of JSON lines, whatever the name ends in."""
+    """(file:line, row) of a JSON array, of one object that holds an array, or of JSON lines."""
     start = text.lstrip()[:1]
     if start == "[":
         yield from array_items(path, text, text.index("["))
@@ -137,16 +138,18 @@ def conversation(value, what: str, counts: Counter) -> list[dict]:
     out: list[dict] = []
     for i, m in enumerate(value):
         if not isinstance(m, dict):
-            raise BadRow(f"{what}[{i}] is {type(m).__name__}, expected an object with role and content (or from and value)")
+            raise BadRow(f"{what}[{i}] is {type(m).__name__}, expected an object with role and content (or from and "
+                         "value)")
         key = "role" if "role" in m else "from"
         name = m.get(key)
         if not isinstance(name, str) or name.lower() not in ROLES:
             raise BadRow(f"{what}[{i}].{key} is {name!r}, expected one of {', '.join(sorted(ROLES))}")
-        role, text = ROLES[name.lower()], string(m.get("content", m.get("value", m.get("text"))), f"{what}[{i}].content")
+        role, text = ROLES[name.lower()], string(m.get("content", m.get("value", m.get("text"))),
+                                                 f"{what}[{i}].content")
         if not text.strip():
             counts["empty turns removed"] += 1
         elif role == "assistant" and not any(x["role"] == "user" for x in out):
-            counts["answers without a question removed"] += 1        # ShareGPT rows that begin in the middle of a dialogue
+            counts["answers without a question removed"] += 1  # ShareGPT rows that begin in the middle of a dialogue
         elif out and out[-1]["role"] == role:
             out[-1] = {"role": role, "content": out[-1]["content"] + "\n\n" + text}
             counts["neighbouring turns of one speaker joined"] += 1
@@ -170,24 +173,27 @@ def asked(row: dict, counts: Counter) -> list[dict]:
     if any(k in row for k in TALKS):
         return talk_of(row, counts)
     if "instruction" in row:
-        text = string(row["instruction"], "instruction")
+        question = string(row["instruction"], "instruction")
         given = row.get("input", row.get("context")) or ""
-        text = text + "\n\n" + string(given, "input") if given else text
+        question += "\n\n" + string(given, "input") if given else ""
     else:
         key = next((k for k in ASK if k in row), None)
         if key is None:
             raise BadRow(f"no prompt: it has {keys_of(row)}, expected instruction or one of {', '.join(ASK)}")
         if isinstance(row[key], list):
             return conversation(row[key], key, counts)
-        text = string(row[key], key)
-    if not text.strip():
+        question = string(row[key], key)
+    if not question.strip():
         raise LeftOut("empty prompts left out")
-    messages = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"].strip() else []
+    messages = []
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        messages.append({"role": "system", "content": row["system"]})
     for i, pair in enumerate(row.get("history") or []):            # earlier turns: [[question, answer], ...]
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f"history[{i}] is {str(pair)[:40]!r}, expected [question, answer]")
-        messages += [{"role": r, "content": string(t, f"history[{i}]")} for r, t in zip(("user", "assistant"), pair, strict=True)]
-    return [*messages, {"role": "user", "content": text}]
+        messages += [{"role": role, "content": string(text, f"history[{i}]")}
+                     for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [*messages, {"role": "user", "content": question}]
 
 
 def keys_of(row: dict) -> str:
@@ -238,7 +244,8 @@ def sft_text(row: dict, counts: Counter) -> dict:
 # name -> (is this row one of them?, how to read it). The first that says yes is the format of the file.
 Format = tuple[Callable[[dict], bool], Callable[[dict, Counter], dict]]
 SFT: dict[str, Format] = {
-    "comparisons, the chosen answer": (lambda r: "chosen" in r and "rejected" in r and not any(k in r for k in ANSWER), sft_chosen),
+    "comparisons, the chosen answer": (lambda r: "chosen" in r and "rejected" in r and not any(k in r for k in ANSWER),
+                                       sft_chosen),
     "messages": (lambda r: "messages" in r, sft_talk),
     "sharegpt": (lambda r: any(k in r for k in TALKS), sft_talk),
     "self-instruct": (lambda r: "instances" in r, sft_instances),
@@ -259,7 +266,8 @@ def dialogue(text: str, what: str) -> list[dict]:
 
 
 def is_dialogue(row: dict) -> bool:
-    return all(isinstance(row.get(k), str) and "Human:" in row[k] and "Assistant:" in row[k] for k in ("chosen", "rejected"))
+    return all(isinstance(row.get(k), str) and "Human:" in row[k] and "Assistant:" in row[k]
+               for k in ("chosen", "rejected"))
 
 
 def comparison(row: dict, counts: Counter) -> dict:
@@ -267,7 +275,8 @@ def comparison(row: dict, counts: Counter) -> dict:
     if is_dialogue(row) and not any(k in row for k in (*ASK, "instruction", *TALKS)):
         sides = [conversation(dialogue(row[k], k), k, counts) for k in ("chosen", "rejected")]
     else:
-        sides = [row[k] if isinstance(row[k], str) else conversation(unwrapped(row[k]), k, counts) for k in ("chosen", "rejected")]
+        sides = [row[k] if isinstance(row[k], str) else conversation(unwrapped(row[k]), k, counts)
+                 for k in ("chosen", "rejected")]
     own = any(k in row for k in (*ASK, "instruction", *TALKS))
     if own:
         prompt = asked(row, counts)
@@ -280,7 +289,8 @@ def comparison(row: dict, counts: Counter) -> dict:
             raise LeftOut("whose two dialogues differ before their last answer left out")
         prompt, answers = a[:-1], [a[-1]["content"], b[-1]["content"]]
     else:
-        raise BadRow(f"chosen and rejected without a prompt: it has {keys_of(row)}, expected prompt or instruction beside them")
+        raise BadRow(f"chosen and rejected without a prompt: it has {keys_of(row)}, expected prompt or instruction "
+                     "beside them")
     return ranked(prompt, answers, counts)
 
 
@@ -300,12 +310,17 @@ def paired(row: dict, counts: Counter) -> dict:
     return ranked(asked(row, counts), [string(row[k], k) for k in ("response_j", "response_k")], counts)
 
 
+def inner(answer):
+    """The text of an answer that is an object."""
+    names = ("text", "content", "value", *ANSWER)
+    return next((answer[k] for k in names if k in answer), None) if isinstance(answer, dict) else answer
+
+
 def listed(row: dict, counts: Counter) -> dict:
     """Several answers, best first, or with a score (higher is better) or rank (lower is better) each."""
     key = next(k for k in ANSWERS if isinstance(row.get(k), list))
     answers = row[key]
-    texts = [string(a if isinstance(a, str) else next((a[k] for k in ("text", "content", "value", *ANSWER) if k in a), None)
-                    if isinstance(a, dict) else a, f"{key}[{i}]") for i, a in enumerate(answers)]
+    texts = [string(inner(a), f"{key}[{i}]") for i, a in enumerate(answers)]
     grades, name = None, next((k for k in ("scores", "ratings", "ranks") if isinstance(row.get(k), list)), None)
     if name:
         grades = row[name]
@@ -350,7 +365,7 @@ def prompt_only(row: dict, counts: Counter) -> dict:
         prompt = conversation(dialogue(row["chosen"], "chosen"), "chosen", counts)
     elif "text" in row and not any(k in row for k in (*TALKS, *ASK, "instruction")):
         prompt = [{"role": "user", "content": string(row["text"], "text")}]
-    elif "chosen" in row and isinstance(row["chosen"], list) and not any(k in row for k in (*TALKS, *ASK, "instruction")):
+    elif isinstance(row.get("chosen"), list) and not any(k in row for k in (*TALKS, *ASK, "instruction")):
         prompt = conversation(row["chosen"], "chosen", counts)
     elif "instances" in row and isinstance(row["instances"], list) and row["instances"]:
         prompt = asked({**row, "input": row["instances"][0].get("input")}, counts)
@@ -376,9 +391,9 @@ PROMPTS: dict[str, Format] = {
 # ---------------------------------------------------------------- reading
 
 def read(path: str | Path, formats: dict[str, Format], name: str, skip_bad: bool, plain: Callable | None) -> Rows:
-    """Rows of the file in the format given or recognised; every row with its place and the keys that were not needed."""
+    """Rows of the file in the format given or recognised, each with its place and the keys that were not needed."""
     path = Path(path)
-    text = read_text(path)
+    text = text_of(path)
     if name != "auto" and name not in formats:
         raise UserError(f"--format {name} is not known here; known: auto, {', '.join(formats)}")
     source = plain(path, text) if plain and not text.lstrip().startswith(("{", "[")) else items(path, text)
@@ -406,12 +421,13 @@ def read(path: str | Path, formats: dict[str, Format], name: str, skip_bad: bool
     for line in bad[:3]:
         print(f"skipped {line}")
     if not rows:
-        what = ", ".join(f"{n} {k}" for k, n in counts.items() if n) or (f"{len(bad)} bad rows" if bad else "the file is empty")
+        what = ", ".join(f"{n} {k}" for k, n in [*counts.items(), ("bad rows", len(bad))] if n) or "the file is empty"
         raise UserError(f"{path} holds nothing to learn from: {what}")
     return Rows(rows, {"file": str(path), "format": found, "rows": len(rows), "bad rows skipped": len(bad), **counts})
 
 
-USED = {*TALKS, *ASK, *ANSWER, *ANSWERS, "instruction", "instances", "text", "chosen", "rejected", "response_j", "response_k",
+USED = {*TALKS, *ASK, *ANSWER, *ANSWERS, "instruction", "instances", "text", "chosen", "rejected", "response_j",
+        "response_k",
         "history", "context", "system", "scores", "ratings", "ranks"}
 
 

@@ -20,7 +20,8 @@ def tokenizer(tmp_path_factory):
 
 
 def talk(*turns: str, where: str = "f:1") -> dict:
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)], "where": where}
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)],
+            "where": where}
 
 
 def supervised(tokenizer, sample: dict) -> str:
@@ -74,7 +75,8 @@ def test_preferences_end_with_the_end_token_and_share_the_prompt(tokenizer):
     group = batch.encode_preferences([row], tokenizer, 100)[0]
     prompt = tokenizer.render(row["prompt"], add_generation_prompt=True)[0]
     assert [ids[:group["prompt_len"]] for ids in group["sequences"]] == [prompt] * 3
-    assert [tokenizer.decode(ids[len(prompt):]) for ids in group["sequences"]] == [a + "<|im_end|>" for a in row["answers"]]
+    texts = [tokenizer.decode(ids[len(prompt):]) for ids in group["sequences"]]
+    assert texts == [answer + "<|im_end|>" for answer in row["answers"]]
 
 
 def test_a_long_prompt_is_cut_from_the_left_the_same_for_all_answers(tokenizer):
@@ -88,7 +90,8 @@ def test_a_long_prompt_is_cut_from_the_left_the_same_for_all_answers(tokenizer):
 
 def test_answers_that_are_too_long_or_equal_are_counted(tokenizer):
     prompt = [{"role": "user", "content": "Hi"}]
-    rows = [{"prompt": prompt, "answers": ["good", "x" * 200], "where": "f:1"}, {"prompt": prompt, "answers": ["same", "same"], "where": "f:2"},
+    rows = [{"prompt": prompt, "answers": ["good", "x" * 200], "where": "f:1"},
+            {"prompt": prompt, "answers": ["same", "same"], "where": "f:2"},
             {"prompt": prompt, "answers": ["good", "bad"], "where": "f:3"}]
     samples = batch.encode_preferences(rows, tokenizer, 80)
     assert [s["where"] for s in samples] == ["f:3"]
@@ -127,12 +130,13 @@ def samples_of(lengths) -> list[dict]:
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
 def test_packing_loses_nothing_splits_nothing_and_fits(lengths):
     rows = batch.pack(samples_of(lengths), 20)
-    assert sorted(i for row in rows for i in row["ids"]) == sorted(10 + i for i, n in enumerate(lengths) for _ in range(n))
+    expected = [10 + i for i, n in enumerate(lengths) for _ in range(n)]
+    assert sorted(i for row in rows for i in row["ids"]) == expected
     for row in rows:
         assert len(row["ids"]) == len(row["mask"]) == len(row["docs"]) <= 20
         starts = [t for t, d in enumerate(row["docs"]) if t == 0 or d != row["docs"][t - 1]]
         assert [row["docs"][t] for t in starts] == list(range(1, len(starts) + 1))
-        assert all(row["mask"][t] == 0 for t in starts)        # predicted by nothing: the token before is another sample's
+        assert all(row["mask"][t] == 0 for t in starts)        # the token before it is another sample's
         assert len(starts) == len(set(row["ids"]))
 
 
@@ -145,7 +149,8 @@ def test_best_fit_decreasing_packs_tightly():
 
 def test_packed_rows_give_the_logits_of_single_ones():
     model = tiny_model()
-    samples = [{"ids": torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist(), "mask": [1] * n} for n in (7, 5, 9)]
+    samples = [{"ids": torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist(), "mask": [1] * n}
+               for n in (7, 5, 9)]
     row = batch.pack(samples, 32)[0]
     with torch.no_grad():
         packed = model(torch.tensor([row["ids"]]), torch.tensor([row["docs"]]))[0]
@@ -185,7 +190,8 @@ def test_batches_go_on_where_their_state_says():
 def test_epochs_and_seeds_differ():
     a = batch.Batches(list(range(50)), 50, seed=1)
     first, second = a.next(), a.next()
-    assert first != second and sorted(first) == sorted(second) and batch.Batches(list(range(50)), 50, seed=2).next() != first
+    assert first != second and sorted(first) == sorted(second)
+    assert batch.Batches(list(range(50)), 50, seed=2).next() != first
 
 
 # ---------------------------------------------------------------- show

@@ -37,10 +37,13 @@ def save(folder: Path, model: Transformer, **changes) -> str:
     return str(folder)
 
 
-def writes(folder: Path, text: str, start: str = "\n", end: int = END, max_positions: int = 512, **changes) -> str:
-    """Behind `start` (the last byte of a chatml prompt) comes `text`, whose bytes are all different, then `end`."""
+def writes(folder: Path, text: str, start: str = "\n", end: int = END, max_positions: int = 512, drop: int = 0,
+           **changes) -> str:
+    """Behind `start` (the last byte of a chatml prompt) comes `text`, whose bytes are all different, without its last
+    `drop` bytes, then `end`."""
     tokenizer = tokenizers.load_tokenizer(save(folder, dice_model(16), **changes))
-    chain = tokenizer.encode(start) + tokenizer.encode(text) + [end]
+    said = tokenizer.encode(text)
+    chain = tokenizer.encode(start) + said[:len(said) - drop] + [end]
     assert len(set(chain)) == len(chain), f"a byte occurs twice in {text!r}: what follows it would not be known"
     model = Transformer(ModelConfig(vocab_size=259, hidden_size=264, intermediate_size=8, num_layers=1, num_heads=4,
                                     max_positions=max_positions))
@@ -121,6 +124,7 @@ def test_one_prompt_prints_the_answer_and_nothing_else(cli, seen, tmp_path):
     out, err = cli(writes(tmp_path / "m", DRAGON), "--prompt", "Hi")
     assert (out, err) == (DRAGON + "\n", "")
     assert seen == [question("Hi")] and cli.result
+    assert cli(str(tmp_path / "m"), "--prompt", "Hi", lines=["at a terminal too: never asked"])[0] == DRAGON + "\n"
 
 
 def test_a_character_is_printed_whole_or_not_at_all(cli, tmp_path, monkeypatch):
@@ -132,6 +136,10 @@ def test_a_character_is_printed_whole_or_not_at_all(cli, tmp_path, monkeypatch):
     pieces.clear()
     _, err = cli(folder, "--prompt", "Hi", "--max_new_tokens", "6")          # four bytes of one, two of the other
     assert "".join(pieces) == "🐉\n" and "cut after 6 tokens" in err
+    # A model that ends its answer there has written a broken character, and that is what is shown.
+    pieces.clear()
+    cli(writes(tmp_path / "broken", "a🐉", drop=1), "--prompt", "Hi")
+    assert "".join(pieces) == "a\ufffd\n"
 
 
 def test_streamed_text_is_the_decoded_text(cli, dice, capsys):
@@ -326,7 +334,7 @@ def test_the_oldest_turns_are_left_out_and_that_is_said(cli, seen, tmp_path):
     question, but not two old turns."""
     folder = writes(tmp_path / "m", "yes", max_positions=160)
     system = "<|im_start|>system\nS<|im_end|>\n"
-    _, err = cli(folder, "--system", "S", lines=["1", "2", "3", "4", "5" * 130, "6" * 99, "7"])
+    _, err = cli(folder, "--system", "S", lines=["1", "2", "3", "4", "5" * 130, "6" * 99, "7", "8"])
     size = {n: len(tokenizers.load_tokenizer(folder).encode(text, special=True)) for n, text in
             ((2, system + turn("1", "yes") + question("2")),
              (3, system + turn("1", "yes") + turn("2", "yes") + question("3")))}
@@ -335,7 +343,9 @@ def test_the_oldest_turns_are_left_out_and_that_is_said(cli, seen, tmp_path):
                         system + turn("2", "yes") + question("3"), system + turn("3", "yes") + question("4")]
     assert err.count("oldest turns left out: 1\n") == 1 and err.count("oldest turns left out: 2\n") == 1
     assert "160 tokens, this message alone is" in err        # 5555...: an error, and the chat goes on
-    assert seen[4] == system + question("6" * 99) and seen[5] == system + question("7")
+    assert seen[4:6] == [system + question("6" * 99), system + question("7")]
+    assert seen[6] == system + turn("7", "yes") + question("8")
+    assert err.count("left out: 5\n") == 1                   # as many as before: not said again
 
 
 # ---------------------------------------------------------------- several models

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import assert_close, hf_config, hf_state, random_ids, randomize, tiny_config, tiny_model, twins
+from conftest import assert_close, hf_state, random_ids, randomize, tiny_config, tiny_model, twins
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,15 +25,18 @@ from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-IDS = random_ids(2, 100)                       # longer than tiny_config's 64 positions: dynamic rope has something to do
+IDS = random_ids(2, 100)                     # longer than tiny_config's 64 positions: dynamic rope has something to do
 
 VARIANTS = {
-    "gqa": {}, "mha": {"num_kv_heads": 4}, "mqa": {"num_kv_heads": 1}, "head_dim": {"head_dim": 20}, "tied": {"tie_embeddings": True},
-    "attention_bias": {"qkv_bias": True, "out_bias": True}, "mlp_bias": {"mlp_bias": True}, "gelu": {"activation": "gelu_tanh"},
-    "everything": {"head_dim": 20, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tie_embeddings": True, "rope_theta": 5e5}}
+    "gqa": {}, "mha": {"num_kv_heads": 4}, "mqa": {"num_kv_heads": 1}, "head_dim": {"head_dim": 20},
+    "tied": {"tie_embeddings": True}, "attention_bias": {"qkv_bias": True, "out_bias": True},
+    "mlp_bias": {"mlp_bias": True}, "gelu": {"activation": "gelu_tanh"},
+    "everything": {"head_dim": 20, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tie_embeddings": True,
+                   "rope_theta": 5e5}}
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0}, "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}
 
 
@@ -51,7 +53,8 @@ def logits(model):
 def check(path, reference, tolerance: float = 2e-5, **how) -> Transformer:
     """Loads the path and compares with the logits of transformers' model (or given logits)."""
     model, _ = checkpoints.load(path, **how)
-    assert_close(logits(model), reference if isinstance(reference, torch.Tensor) else logits(reference), tolerance, path)
+    expected = reference if isinstance(reference, torch.Tensor) else logits(reference)
+    assert_close(logits(model), expected, tolerance, path)
     return model
 
 
@@ -103,7 +106,8 @@ def test_the_dialect_of_2022(tmp_path):
     """No rope keys, no num_key_value_heads, no head_dim, and tables of frequencies among the weights."""
     theirs = theirs_of(num_kv_heads=4)
     theirs.save_pretrained(tmp_path)
-    edit(tmp_path / "config.json", rope_parameters=None, num_key_value_heads=None, head_dim=None, attention_bias=None, mlp_bias=None)
+    old = {"rope_parameters": None, "num_key_value_heads": None, "head_dim": None, "attention_bias": None}
+    edit(tmp_path / "config.json", **old, mlp_bias=None)
     state = theirs.state_dict() | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(6) for i in range(2)}
     (tmp_path / "model.safetensors").unlink()
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -114,8 +118,9 @@ def test_the_dialect_of_2022(tmp_path):
 def test_other_families(family, tmp_path):
     import transformers
     config = getattr(transformers, family + "Config")(
-        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=False, **({"sliding_window": None} if family == "Mistral" else {}))
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+        **({"sliding_window": None} if family == "Mistral" else {}))
     theirs = randomize(getattr(transformers, family + "ForCausalLM")(config)).eval()
     theirs.save_pretrained(tmp_path)
     model = check(tmp_path, theirs)
@@ -145,7 +150,8 @@ def test_bin_files(zip_archive, shards, saved):
     names = [f"pytorch_model-{i + 1:05}-of-00002.bin" for i in range(2)] if shards == 2 else ["pytorch_model.bin"]
     where = {key: names[i % shards] for i, key in enumerate(state)}
     for name in names:
-        torch.save({k: v for k, v in state.items() if where[k] == name}, folder / name, _use_new_zipfile_serialization=zip_archive)
+        part = {k: v for k, v in state.items() if where[k] == name}
+        torch.save(part, folder / name, _use_new_zipfile_serialization=zip_archive)
     if shards == 2:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}), encoding="utf-8")
     check(folder, theirs)
@@ -205,33 +211,37 @@ def pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight[rows]
 
 
-META = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+META = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
         "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
         "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
         "embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output"}
 
 
 def write_meta(folder: Path, theirs, config: ModelConfig, shards: int, embedding_axis: int, **params) -> None:
-    """As fairscale cut them: rows of wq wk wv w1 w3 output, columns of wo w2, the embedding either way, norms everywhere."""
+    """As fairscale cut them: rows of wq wk wv w1 w3 output, columns of wo w2, the embedding either way, norms whole."""
     folder.mkdir()
     files = [{"rope.freqs": torch.rand(config.head_dim // 2)} for _ in range(shards)]
     for name, w in theirs.state_dict().items():
         path = name.removeprefix("model.").removesuffix(".weight")
-        layer, kind = (".".join(path.split(".")[:2]) + ".", path.split(".", 2)[2]) if path.startswith("layers.") else ("", path)
+        layer, kind = "", path
+        if path.startswith("layers."):
+            layer, kind = ".".join(path.split(".")[:2]) + ".", path.split(".", 2)[2]
         if kind.endswith(("q_proj", "k_proj")):
             w = pairs(w, config.num_heads if kind.endswith("q_proj") else config.num_kv_heads)
-        axis = None if w.dim() == 1 else embedding_axis if kind == "embed_tokens" else 1 if kind.endswith(("o_proj", "down_proj")) else 0
+        axis = 1 if kind.endswith(("o_proj", "down_proj")) else 0
+        axis = None if w.dim() == 1 else embedding_axis if kind == "embed_tokens" else axis
         parts = [w] * shards if axis is None else w.chunk(shards, axis)
         for file, part in zip(files, parts):
             file[f"{layer}{META[kind]}.weight"] = part.clone()
     for i, file in enumerate(files):
         torch.save(file, folder / f"consolidated.{i:02}.pth")
-    sizes = {"dim": config.hidden_size, "n_layers": config.num_layers, "n_heads": config.num_heads, "norm_eps": config.norm_eps,
-             "multiple_of": 256, "vocab_size": -1, **params}
+    sizes = {"dim": config.hidden_size, "n_layers": config.num_layers, "n_heads": config.num_heads,
+             "norm_eps": config.norm_eps, "multiple_of": 256, "vocab_size": -1, **params}
     (folder / "params.json").write_text(json.dumps(sizes), encoding="utf-8")
 
 
-@pytest.mark.parametrize("shards, embedding_axis", [(1, 1), (2, 1), (2, 0)], ids=["one file", "cut as Llama 2", "cut as Llama 3"])
+@pytest.mark.parametrize("shards, embedding_axis", [(1, 1), (2, 1), (2, 0)], ids=["one", "as Llama 2", "as Llama 3"])
 def test_meta_files(shards, embedding_axis, tmp_path):
     config = tiny_config(vocab_size=98, num_layers=3)            # 98: rows that two files can share
     theirs, _ = twins(config)
@@ -266,8 +276,9 @@ def test_llama2c_files(tied, kv_heads, tmp_path):
     state = hf_state(theirs)
     with open(tmp_path / "model.bin", "wb") as file:
         file.write(struct.pack("<7i", 48, 80, 2, 4, kv_heads, 97 if tied else -97, 64))
-        for kind in ("embed_tokens", "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                     "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj", "norm", "freqs", "lm_head"):
+        for kind in ("embed_tokens", "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                     "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj",
+                     "norm", "freqs", "lm_head"):
             for i in range(2 if "_proj" in kind or "layernorm" in kind else 1):
                 if kind == "freqs":                               # cos and sin, length x D/2 each
                     w = torch.rand(2, 64, 6)
@@ -282,7 +293,8 @@ def test_llama2c_files(tied, kv_heads, tmp_path):
     check(tmp_path / "model.bin", theirs)
     check(tmp_path, theirs)
     with open(tmp_path / "tok97.bin", "wb") as file:              # longest; then score, length, bytes
-        file.write(struct.pack("<i", 4) + b"".join(struct.pack("<fi", -i, len(t)) + t for i, t in enumerate(LLAMA2C_TOKENS)))
+        file.write(struct.pack("<i", 4))
+        file.writelines(struct.pack("<fi", -i, len(t)) + t for i, t in enumerate(LLAMA2C_TOKENS))
     for path in (tmp_path, tmp_path / "model.bin"):
         assert checkpoints.load(path)[1].vocab_size == len(LLAMA2C_TOKENS)
     data = (tmp_path / "model.bin").read_bytes()
@@ -299,14 +311,15 @@ LLAMA2C_TOKENS = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % b for b in 
 ADAPTERS = {
     "plain": {"target_modules": ["q_proj", "v_proj"]}, "all linear": {"target_modules": "all-linear"},
     "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
-    "patterns": {"target_modules": ["q_proj", "up_proj", "down_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 8, "up_proj": 2},
+    "patterns": {"target_modules": ["q_proj", "up_proj", "down_proj"],
+                 "rank_pattern": {"layers.1.self_attn.q_proj": 8, "up_proj": 2},
                  "alpha_pattern": {"layers.0.mlp.down_proj": 3, "q_proj": 5}},
     "embedding and head": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     "head": {"target_modules": ["lm_head", "o_proj"]}}
 
 
 def peft_model(theirs, seed: int = 5, **settings):
-    """An adapter of peft with random A and B (a fresh B is zero) and, where it trains whole modules, other weights in them."""
+    """An adapter of peft with random A and B (a fresh B is zero) and other weights in what it trains as a whole."""
     from peft import LoraConfig, get_peft_model
     model = get_peft_model(theirs, LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings})).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -325,18 +338,19 @@ def test_adapters_of_peft(kind, file, saved, tmp_path):
     model = peft_model(theirs, **ADAPTERS[kind])
     model.save_pretrained(tmp_path / "adapter")
     if file == "bin":
-        torch.save(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), tmp_path / "adapter" / "adapter_model.bin")
-        (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
     assert (logits(model) - base).abs().max() > 0.1
     check(folder, model, lora=[tmp_path / "adapter"])
 
 
 def test_two_adapters_are_merged_in_order(saved, tmp_path):
-    """The second one was trained on base + first, and brings a whole head: whatever the first did to the head is gone."""
+    """The second was trained on base + first, and brings a whole head: whatever the first did to the head is gone."""
     folder, theirs = saved
     first = peft_model(theirs, target_modules=["q_proj", "lm_head"])
     first.save_pretrained(tmp_path / "first")
-    second = peft_model(first.merge_and_unload(), seed=6, target_modules=["q_proj", "k_proj"], modules_to_save=["lm_head"])
+    second = peft_model(first.merge_and_unload(), 6, target_modules=["q_proj", "k_proj"], modules_to_save=["lm_head"])
     second.save_pretrained(tmp_path / "second")
     check(folder, second, lora=[tmp_path / "first", tmp_path / "second"])
     wrong, _ = checkpoints.load(folder, lora=[tmp_path / "second", tmp_path / "first"])
@@ -376,8 +390,9 @@ def test_adapters_that_do_not_fit_are_refused(trouble, saved, tmp_path):
     file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     tensors = load_file(file)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    words = {"kind": "type IA3", "dora": "type DoRA", "no file": "no adapter_model", "half": r"layers\.0\.self_attn\.q_proj\.weight has only lora_B",
-             "other base": r"layers\.7\.self_attn\.q_proj\.weight has no place in the base", "other size": r"A is \(4, 50\)", "nothing": "holds no tensors"}
+    words = {"kind": "type IA3", "dora": "type DoRA", "no file": "no adapter_model", "nothing": "holds no tensors",
+             "half": r"layers\.0\.self_attn\.q_proj\.weight has only lora_B", "other size": r"A is \(4, 50\)",
+             "other base": r"layers\.7\.self_attn\.q_proj\.weight has no place in the base"}
     if trouble == "kind":
         edit(config, peft_type="IA3")
     elif trouble == "dora":
@@ -414,9 +429,11 @@ def test_deltas(new_rows, saved, tmp_path):
     model = check(folder, target, delta=tmp_path / "delta", new_rows=new_rows)
     assert model.config.vocab_size == 97 + (new_rows is not None)
     if new_rows:
-        with pytest.raises(UserError, match=r"has 98 rows, the base 97: say what .* --new-rows zero \(Vicuna.* --new-rows mean"):
+        words = r"has 98 rows, the base 97: say what .* --new-rows zero \(Vicuna.* --new-rows mean"
+        with pytest.raises(UserError, match=words):
             checkpoints.load(folder, delta=tmp_path / "delta")
-        save_file(delta | {"model.layers.5.mlp.up_proj.weight": torch.zeros(2, 2)}, tmp_path / "delta" / "model.safetensors")
+        delta["model.layers.5.mlp.up_proj.weight"] = torch.zeros(2, 2)
+        save_file(delta, tmp_path / "delta" / "model.safetensors")
         with pytest.raises(UserError, match=r"layers\.5\.mlp\.up_proj\.weight is only in the delta"):
             checkpoints.load(folder, delta=tmp_path / "delta", new_rows=new_rows)
 
@@ -433,10 +450,10 @@ def test_transformers_loads_what_we_save(variant, shard, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
     if shard:
         monkeypatch.setattr(export, "SHARD", shard)
-    ours = tiny_model(**SAVES[variant])
-    checkpoints.save(ours, None, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2 if shard else (tmp_path / "out" / "model.safetensors").exists()
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", output_loading_info=True)
+    ours, out = tiny_model(**SAVES[variant]), tmp_path / "out"
+    checkpoints.save(ours, None, out)
+    assert len(list(out.glob("*.safetensors"))) > 2 if shard else (out / "model.safetensors").exists()
+    theirs, info = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", output_loading_info=True)
     assert not any(info.values()), info
     assert type(theirs).__name__ == ("Qwen2ForCausalLM" if "qwen2" in variant else "LlamaForCausalLM")
     assert_close(logits(theirs.eval()), logits(ours), 2e-5, variant)
@@ -448,8 +465,9 @@ def test_transformers_loads_what_we_save(variant, shard, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["alibi", "factors", "out_bias alone", "qwen2 with mlp_bias"])
 def test_what_no_public_family_computes_is_written_in_our_own_words(variant, tmp_path):
-    changes = {"alibi": {"positions": "alibi"}, "out_bias alone": {"out_bias": True}, "qwen2 with mlp_bias": {"qkv_bias": True, "mlp_bias": True},
-               "factors": {"rope_scaling": {"rope_type": "factors", "factors": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]}}}[variant]
+    changes = {"alibi": {"positions": "alibi"}, "out_bias alone": {"out_bias": True},
+               "qwen2 with mlp_bias": {"qkv_bias": True, "mlp_bias": True},
+               "factors": {"rope_scaling": {"rope_type": "factors", "factors": [1, 1.5, 2, 2.5, 3, 4]}}}[variant]
     ours = tiny_model(**changes)
     checkpoints.save(ours, None, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "chatpixiu"
@@ -477,7 +495,8 @@ def test_reward_models_are_sequence_classifiers(family, tied, tmp_path):
     from reward import RewardModel
     reward = RewardModel(tiny_model(qkv_bias=family == "qwen2", tie_embeddings=tied))
     checkpoints.save(reward.model, None, tmp_path, head=reward.head.weight)
-    theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager",
+                                                                      output_loading_info=True)
     assert not any(info.values()) and theirs.config.num_labels == 1, info
     theirs.config.pad_token_id = 0
     mask = torch.ones_like(IDS)
@@ -576,7 +595,8 @@ def test_shards_of_an_earlier_model_are_taken_away(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- tokenizer and chat format
 
-TEXTS = ["Hello world!", " two  spaces\n\nand lines\t", "中国的首都是北京。", "naïve café 🙂 12345", "<|im_end|> is text"]
+TEXTS = ["Hello world!", " two  spaces\n\nand lines\t", "中国的首都是北京。", "naïve café 🙂 12345",
+         "<|im_end|> is text"]
 
 
 @pytest.fixture(scope="module")
@@ -606,13 +626,17 @@ def test_the_tokenizer_goes_with_the_model(real_tokenizer, tmp_path):
     assert config["eos_token_id"] == real_tokenizer.eos_ids
 
 
-def byte_tokenizer(template: str, add_bos: bool = False) -> Tokenizer:
-    """One token per byte, and the special tokens of all formats: what differs in the text differs in the ids."""
-    names = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(template, "</s>")
-    specials = {name: 256 + i for i, name in enumerate(names)}
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+
+
+def byte_tokenizer(template: str, add_bos: bool, names: tuple = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+                                                                 "<|end_header_id|>", "<|eot_id|>")) -> Tokenizer:
+    """One token per byte, and special tokens: what differs in the text differs in the ids."""
+    specials = {name: 256 + i for i, name in enumerate(("<s>", "</s>", *names))}
     core = ByteBPE({c: b for b, c in BYTE_TO_CHAR.items()}, lambda a, b: None, [GPT2])
-    return Tokenizer(core, specials, bos_id=specials["<s>"], eos_ids=[specials[end]], pad_id=None, chat_template=template, add_bos=add_bos)
+    end = specials.get(ENDS.get(template), specials["</s>"])
+    return Tokenizer(core, specials, bos_id=specials["<s>"], eos_ids=[end], pad_id=None, chat_template=template,
+                     add_bos=add_bos)
 
 
 CONVERSATIONS = {
@@ -623,11 +647,12 @@ CONVERSATIONS = {
     "odd text": [("user", "{{ 1 }} {% x %} <|im_end|> </s> \"'\\"), ("assistant", "a\n\nb <s> {{ messages }}")]}
 
 
-@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("tokens", ["all tokens", "BOS added", "only </s>"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", chat.FORMATS)
-def test_the_jinja_of_a_format_is_the_format(name, conversation, add_bos):
-    by_name, by_jinja = byte_tokenizer(name, add_bos), byte_tokenizer(name, add_bos)
+def test_the_jinja_of_a_format_is_the_format(name, conversation, tokens):
+    how = (name, tokens == "BOS added", *([()] if tokens == "only </s>" else []))
+    by_name, by_jinja = byte_tokenizer(*how), byte_tokenizer(*how)
     by_jinja.chat_template = export.jinja(name, by_name)
     messages = [{"role": role, "content": text} for role, text in CONVERSATIONS[conversation]]
     assert by_jinja.render(messages) == by_name.render(messages)
@@ -655,12 +680,16 @@ def rewrite(folder: Path, change) -> None:
 UP = "model.layers.1.mlp.up_proj.weight"
 WRONG_TENSORS = {
     "missing": (lambda t: t.pop(UP), rf"tensor {UP} is missing \(1 of 21 parameters\)"),
-    "renamed": (lambda t: t.update({"model.layers.1.mlp.up.weight": t.pop(UP)}), rf"tensor {UP} is missing .*the file has model\.layers\.1\.mlp\.up\.weight"),
-    "shape": (lambda t: t.update({UP: torch.zeros(80, 47)}), rf"tensor {UP} is \(80, 47\), the config asks for \(80, 48\)"),
+    "renamed": (lambda t: t.update({"model.layers.1.mlp.up.weight": t.pop(UP)}),
+                rf"tensor {UP} is missing .*the file has model\.layers\.1\.mlp\.up\.weight"),
+    "shape": (lambda t: t.update({UP: torch.zeros(80, 47)}),
+              rf"tensor {UP} is \(80, 47\), the config asks for \(80, 48\)"),
     "extra": (lambda t: t.update({"model.layers.1.self_attn.q_norm.weight": torch.ones(12)}),
-              r"tensor model\.layers\.1\.self_attn\.q_norm\.weight of model\.safetensors has no place in this model \(1 such tensors\)"),
-    "integers": (lambda t: t.update({UP: torch.zeros(80, 48, dtype=torch.int8)}), rf"tensor {UP} is torch\.int8, not floating point"),
-    "a layer less": (lambda t: [t.pop(k) for k in list(t) if "layers.1." in k], r"tensor model\.layers\.1\.input_layernorm\.weight is missing: the config says 2 layers, the file has 1")}
+              r"tensor model\.layers\.1\.self_attn\.q_norm\.weight of model\.safetensors has no place in this model"),
+    "integers": (lambda t: t.update({UP: torch.zeros(80, 48, dtype=torch.int8)}),
+                 rf"tensor {UP} is torch\.int8, not floating point"),
+    "a layer less": (lambda t: [t.pop(k) for k in list(t) if "layers.1." in k],
+                     r"tensor model\.layers\.1\.input_layernorm\.weight is missing: the config says 2 layers")}
 
 
 @pytest.mark.parametrize("wrong", WRONG_TENSORS)
@@ -673,9 +702,10 @@ def test_tensors_that_do_not_fit(wrong, saved):
 
 
 WRONG_CONFIGS = {
-    "family": ({"model_type": "gpt_j"}, "model_type 'gpt_j' is not a family that is known; known: llama, mistral, qwen2"),
+    "family": ({"model_type": "gpt_j"}, "model_type 'gpt_j' is not a family that is known; known: llama, mistral, "),
     "no family": ({"model_type": None}, "model_type None is not a family"),
-    "rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "unknown rope type 'spiral'; known: default, linear, dynamic, llama3, yarn"),
+    "rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+             "unknown rope type 'spiral'; known: default, linear, dynamic, llama3, yarn"),
     "rope key": ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
     "activation": ({"hidden_act": "swishy"}, "unknown activation 'swishy'; known: silu"),
     "no size": ({"intermediate_size": None}, "the config lacks 'intermediate_size'"),
@@ -683,7 +713,8 @@ WRONG_CONFIGS = {
     "heads": ({"num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads evenly"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected an integer above 0 and up to"),
     "eps": ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
-    "wider": ({"hidden_size": 64, "head_dim": None}, r"tensor model\.embed_tokens\.weight is \(97, 48\), the config asks for \(97, 64\)")}
+    "wider": ({"hidden_size": 64, "head_dim": None},
+              r"tensor model\.embed_tokens\.weight is \(97, 48\), the config asks for \(97, 64\)")}
 
 
 @pytest.mark.parametrize("wrong", WRONG_CONFIGS)
@@ -747,7 +778,8 @@ def test_shards_that_are_missing_lie_or_repeat(saved, tmp_path):
     index, first = folder / "model.safetensors.index.json", sorted(folder.glob("model-*.safetensors"))[0]
     whole, data = index.read_text(encoding="utf-8"), first.read_bytes()
     first.unlink()
-    with pytest.raises(UserError, match=rf"lists {first.name}, which is not in .* \(1 of \d+ shards missing\): the download is incomplete"):
+    words = rf"lists {first.name}, which is not in .* \(1 of \d+ shards missing\): the download is incomplete"
+    with pytest.raises(UserError, match=words):
         checkpoints.load(folder)
     first.write_bytes(data)
     weights = json.loads(whole)["weight_map"]
@@ -761,7 +793,7 @@ def test_shards_that_are_missing_lie_or_repeat(saved, tmp_path):
     other = next(folder / f for f in weights.values() if f != first.name)
     name = next(iter(load_file(first)))
     save_file(load_file(other) | {name: torch.zeros(1)}, other)
-    with pytest.raises(UserError, match=rf"tensor {name} stands in {first.name} and in {other.name}"):
+    with pytest.raises(UserError, match=rf"tensor {name} stands in .*{first.name} and in {other.name}"):
         checkpoints.load(folder)
 
 
@@ -779,9 +811,11 @@ def test_places_without_a_checkpoint(tmp_path, saved):
 
 # ---------------------------------------------------------------- names
 
-COUNTS = {"llama-7b": 6.738e9, "llama-13b": 13.016e9, "llama-30b": 32.529e9, "llama-65b": 65.286e9, "llama-2-7b": 6.738e9, "llama-2-13b-chat": 13.016e9,
-          "llama-2-70b": 68.977e9, "llama-3-8b": 8.030e9, "llama-3.1-8b-instruct": 8.030e9, "llama-3-70b": 70.554e9, "llama-3.2-1b": 1.236e9,
-          "llama-3.2-3b": 3.213e9, "smollm2-135m": 134.5e6, "smollm2-360m": 361.8e6, "smollm2-1.7b": 1.711e9, "tinyllama-1.1b": 1.100e9,
+COUNTS = {"llama-7b": 6.738e9, "llama-13b": 13.016e9, "llama-30b": 32.529e9, "llama-65b": 65.286e9,
+          "llama-2-7b": 6.738e9, "llama-2-13b-chat": 13.016e9, "llama-2-70b": 68.977e9,
+          "llama-3-8b": 8.030e9, "llama-3.1-8b-instruct": 8.030e9, "llama-3-70b": 70.554e9,
+          "llama-3.2-1b": 1.236e9, "llama-3.2-3b": 3.213e9,
+          "smollm2-135m": 134.5e6, "smollm2-360m": 361.8e6, "smollm2-1.7b": 1.711e9, "tinyllama-1.1b": 1.100e9,
           "qwen2.5-0.5b": 494.0e6, "qwen2.5-1.5b": 1.544e9, "qwen2.5-3b": 3.086e9, "qwen2.5-7b-instruct": 7.616e9,
           "mistral-7b-v0.2-instruct": 7.242e9, "mistral-7b-v0.3": 7.248e9, "yi-6b": 6.061e9}
 
@@ -808,9 +842,9 @@ def test_every_name_builds_a_model():
         config = ModelConfig(**changes)
         assert name == name.lower() and repo.count("/") == 1
         assert config.hidden_size % config.num_heads == 0 or "head_dim" in changes, name
-        if config.num_layers <= 32:
-            assert parameters(config) == count(config), name
-    assert {n.split("-", 1)[0] for n in checkpoints.names()} == {"smollm2", "tinyllama", "llama", "mistral", "qwen2.5", "yi"}
+        assert parameters(config) == count(config), name
+    makers = {name.split("-", 1)[0] for name in checkpoints.names()}
+    assert makers == {"smollm2", "tinyllama", "llama", "mistral", "qwen2.5", "yi"}
 
 
 def test_names_are_found_in_models_and_in_the_folder_of_the_environment(saved, tmp_path, monkeypatch):
@@ -819,7 +853,8 @@ def test_names_are_found_in_models_and_in_the_folder_of_the_environment(saved, t
     monkeypatch.delenv("CHATPIXIU_MODELS", raising=False)
     with pytest.raises(UserError) as error:
         checkpoints.load("llama-7b")
-    for words in ("no weights for llama-7b", "models/llama-7b", "https://huggingface.co/huggyllama/llama-7b", "hub:llama-7b", "--dry_run needs no weights"):
+    for words in ("no weights for llama-7b", "models/llama-7b", "https://huggingface.co/huggyllama/llama-7b",
+                  "hub:llama-7b", "--dry_run needs no weights"):
         assert words in str(error.value), words
     (tmp_path / "there").mkdir()
     folder.rename(tmp_path / "there" / "llama-7b")
@@ -831,7 +866,8 @@ def test_names_are_found_in_models_and_in_the_folder_of_the_environment(saved, t
 
 
 def test_unknown_names_get_a_suggestion():
-    with pytest.raises(UserError, match=r"'smollm2-135n' is neither a path that exists nor a known name\. Did you mean smollm2-135m"):
+    words = r"'smollm2-135n' is neither a path that exists nor a known name\. Did you mean smollm2-135m"
+    with pytest.raises(UserError, match=words):
         checkpoints.load("smollm2-135n")
     with pytest.raises(UserError, match="neither a path that exists nor a known name. python -m checkpoints names"):
         checkpoints.read_config("zzz")
@@ -845,7 +881,7 @@ import torch
 import checkpoints
 checkpoints.load(sys.argv[2])                                  # a tiny one first: the libraries are in memory
 
-def private():                                                 # what is ours alone; pages of the mapped file are the system's
+def private():                                                 # ours alone; pages of the mapped file are the system's
     return 1024 * int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')))
 
 before, most = private(), 0
@@ -867,7 +903,8 @@ print(sum(p.numel() * p.element_size() for p in model.parameters()), most)
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_loading_needs_the_model_and_one_tensor(kind, tmp_path):
     """80 MB in bf16 become 160 MB in fp32: at no moment may there be both, or the model twice."""
-    config = tiny_config(vocab_size=1000, hidden_size=512, intermediate_size=2048, num_layers=9, head_dim=64, num_heads=8)
+    config = tiny_config(vocab_size=1000, hidden_size=512, intermediate_size=2048, num_layers=9, head_dim=64,
+                         num_heads=8)
     model = Transformer(config).to(torch.bfloat16)
     checkpoints.save(model, None, tmp_path / "big")
     checkpoints.save(tiny_model(), None, tmp_path / "small")
@@ -885,7 +922,8 @@ def test_loading_needs_the_model_and_one_tensor(kind, tmp_path):
 
 def run(*args: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "checkpoints", *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "checkpoints", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def test_command_convert_and_show(saved, tmp_path):
@@ -924,13 +962,14 @@ def test_parity_samples(family):
         if family == "lora":
             model, _ = checkpoints.load(at / "base", lora=[at / "adapter"])
         elif family == "delta":
-            model, _ = checkpoints.load(at / "base", delta=at / "delta", new_rows=json.loads((at / "delta.json").read_text(encoding="utf-8"))["new_rows"])
+            new_rows = json.loads((at / "delta.json").read_text(encoding="utf-8"))["new_rows"]
+            model, _ = checkpoints.load(at / "base", delta=at / "delta", new_rows=new_rows)
         else:
             model, _ = checkpoints.load(at)
         with torch.no_grad():
             assert_close(model(expected["input_ids"]), expected["logits"], 2e-4, ref)
-            mask = expected["padded_attention_mask"]
-            assert_close(model(expected["padded_input_ids"], mask)[mask > 0], expected["padded_logits"][mask > 0], 2e-4, ref)
+            ids, mask = expected["padded_input_ids"], expected["padded_attention_mask"]
+            assert_close(model(ids, mask)[mask > 0], expected["padded_logits"][mask > 0], 2e-4, ref)
         prompt = expected["prompt_ids"]
         new = model.generate(prompt, expected["generated"].shape[1], temperature=0.0)
         assert torch.equal(new, expected["generated"]), ref

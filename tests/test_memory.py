@@ -225,7 +225,8 @@ def test_the_table_can_be_read(capsys):
     memory.print_table(memory.estimate(LLAMA2_7B, "ppo", batch=4, prompt=256, response=256, rollout=16, **BF16))
     out = capsys.readouterr().out
     assert "ppo, LoRA r = 16, bf16: 6.7B parameters (6,738,415,616), 80M trained" in out
-    for part in ("base, frozen", "policy adapter", "value adapter", "reward adapter", "reference = the base", "13.48 GB",
+    for part in ("base, frozen", "policy adapter", "value adapter", "reward adapter", "reference = the base",
+                 "13.48 GB",
                  "while training", "while sampling", "16 answers x 512 tokens x 512 KiB", "unmerged originals", "peak",
                  "24 GB no", "40 GB yes", "53.91 GB", "242.58 GB", "--no_merge", "--checkpointing"):
         assert part in out, part

@@ -705,7 +705,8 @@ def test_p36_the_update_does_not_depend_on_micro_batches():
 
 
 def test_rows_of_similar_length_stand_together_and_lose_their_padding():
-    """Lengths 9, 3, 7, 5 in micro-batches of two: (3, 5) and (7, 9); what is cut off is padding in every row of them."""
+    """Lengths 9, 3, 7, 5 in micro-batches of two: (3, 5) and (7, 9); what is cut off is padding in every row of
+    them."""
     mask = torch.zeros(4, 12, dtype=torch.int64)
     for row, (prompt, answer) in enumerate(((5, 4), (1, 2), (6, 1), (2, 3))):
         mask[row, 6 - prompt:6 + answer] = 1
@@ -720,8 +721,8 @@ def test_rows_of_similar_length_stand_together_and_lose_their_padding():
 
 
 def test_p35_every_answer_once_per_epoch_in_a_new_order(monkeypatch):
-    """(P35) Three epochs of minibatches of two: each epoch sees all six answers, the first in the minibatches of `score`,
-    the others in minibatches of their own."""
+    """(P35) Three epochs of minibatches of two: each epoch sees all six answers, the first in the minibatches of
+    `score`, the others in minibatches of their own."""
     roles, cfg = four_roles(), config(ppo_epochs=3, minibatches=3)
     r = scored(roles, cfg)
     seen, real = [], ppo.cut

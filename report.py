@@ -10,6 +10,7 @@ values to the pointer. A null in metrics.jsonl was no number and leaves a gap.
 """
 import argparse
 import html
+import itertools
 import json
 import math
 import re
@@ -33,18 +34,14 @@ PLOTS: dict[str, list[tuple[str, tuple[str, ...], tuple[float, ...]]]] = {
             ("Share of answers that end", ("val/eos_rate", "eval/eos_rate"), (0, 1)),
             ("Answer length, tokens", ("val/response_length", "eval/response_length"), (0,)),
             ("Entropy, nats per answer", ("objective/entropy",), (0,)),
-            ("What PPO maximises: score - beta KL", ("objective/rlhf_reward", "objective/non_score_reward"), (0,)),
             ("Probability ratio new / old", ("val/ratio",), (0.95, 1.05)),
             ("Size of an update", ("policy/approxkl_avg", "val/ratio_var"), (0,)),
             ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg"), (0,)),
-            ("Explained variance of the value", ("val/explained_variance",), (0, 1)),
-            ("Seconds of an update", ("time/generate", "time/score", "time/train"), (0,))],
+            ("Explained variance of the value", ("val/explained_variance",), (0, 1))],
 }
-W, H, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 56, 12, 12, 40      # a plot, in units of its viewBox
-POINTS, HOVERS, TEXTS, LETTERS = 240, 60, 8, 1500              # drawn at most: the file stays far below a megabyte
+W, H, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 56, 22, 12, 40      # a plot, in units of its viewBox
+POINTS, HOVERS, TEXTS, LETTERS = 600, 60, 8, 1500              # drawn at most: the file stays far below a megabyte
 
-
-# ---------------------------------------------------------------- what a run folder holds
 
 @dataclass
 class Stage:
@@ -68,7 +65,7 @@ def read_lines(path: Path) -> list[dict]:
     rows, lines = [], [text] if path.suffix == ".json" else text.split("\n")     # a text may hold U+2028: no splitlines
     for i, line in enumerate(lines, 1):
         try:
-            rows += [dict(json.loads(line))] if line.strip() else []
+            rows += [{**json.loads(line)}] if line.strip() else []
         except (ValueError, TypeError) as error:
             if path.suffix == ".json" or i < len(lines):               # a last line without its end is being written
                 raise common.UserError(f"{path}:{i}: no JSON object ({error}): mend or delete it") from None
@@ -101,46 +98,41 @@ def number(x: object) -> str:
     return "-" if finite(x) is None else f"{x:.4g}"
 
 
-def inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(text))
-
-
 def glossary() -> tuple[str, dict[tuple[str, str], str]]:
     """docs/metrics.md (headings, paragraphs, tables) as HTML, and {(script, metric): healthy range} for the plots. The
     script is the `name.py` of the heading above a table, "" for all of them. A | in a cell is written \\|."""
     if not GLOSSARY.exists():
         raise common.UserError(f"{GLOSSARY} is missing: the report takes the meaning of the metrics from it")
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(GLOSSARY.read_text(encoding="utf-8").strip()))
     parts, healthy, script = [], {}, ""
-    for block in re.split(r"\n\s*\n", GLOSSARY.read_text(encoding="utf-8").strip()):
+    for block in re.split(r"\n\s*\n", text)[1:]:                       # without its title: the section has one
         if block.startswith("#"):
-            script = "".join(re.findall(r"`(\w+)\.py`", block))
-            parts.append(f"<h3>{inline(block.lstrip('# '))}</h3>")
+            script = "".join(re.findall(r"(\w+)\.py</code>", block))
+            parts.append(f"<h3>{block.lstrip('# ')}</h3>")
         elif not block.startswith("|"):
-            parts.append(f"<p>{inline(block)}</p>")
+            parts.append(f"<p>{block}</p>")
         else:
             head, _, *body = ([cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
                               for row in block.split("\n"))
-            parts.append("<table><tr>" + "".join(f"<th>{inline(h)}</th>" for h in head) + "</tr>")
+            parts.append("<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>")
             for row in body:
-                healthy[script, row[0].strip("`")] = row[2]
-                cells = (f'<td data-label="{esc(h)}">{inline(cell)}</td>' for h, cell in zip(head, row, strict=True))
-                parts.append(f'<tr id="{script}-{esc(row[0].strip("`"))}">{"".join(cells)}</tr>')
+                name = re.sub("<.*?>", "", row[0])
+                healthy[script, name] = row[2]
+                cells = "".join(f'<td data-label="{h}">{cell}</td>' for h, cell in zip(head, row, strict=True))
+                parts.append(f'<tr id="{script}-{name}">{cells}</tr>')
             parts.append("</table>")
-    return "".join(parts[1:]), healthy                                 # without the title: the section has one
+    return "".join(parts), healthy
 
 
 # ---------------------------------------------------------------- curves
 
 class Frame:
-    """What the axes of a plot span, and where a point lies in its viewBox."""
+    """What the axes of a plot span, with a little air, and where a point lies in its viewBox."""
     def __init__(self, points: list[tuple], reach: Sequence[float]):
-        xs, ys = [p[0] for p in points], [*reach, *(p[1] for p in points if p[1] is not None)]
-        low, high = min(ys), max(ys)
-        if high - low <= 1e-9 * max(abs(low), abs(high)):              # one value: in the middle
-            low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
-        air = 0.04 * (high - low)
-        self.x0, self.x1 = min(xs), max(*xs, min(xs) + 1)
-        self.y0, self.y1 = low - air * (low not in reach), high + air * (high not in reach)
+        xs, ys = [x for x, _ in points], [*reach, *(y for _, y in points if y is not None)]
+        self.x0, self.x1, low, high = min(xs), max(*xs, min(xs) + 1), min(ys), max(ys)
+        air = 0.04 * (high - low) if high - low > 1e-9 * max(abs(low), abs(high)) else abs(low) / 2 or 1
+        self.y0, self.y1 = low - air * (low not in reach), high + air * (high not in reach or high == low)
 
     def at(self, x: float, y: float) -> str:
         across = LEFT + (x - self.x0) / (self.x1 - self.x0) * (W - LEFT - RIGHT)
@@ -180,10 +172,8 @@ def thin(points: list) -> list:
 
 def curve(f: Frame, name: str, stage: Stage) -> str:
     """One metric: a path broken at its gaps, dots where points are few or stand alone, and texts to hover over."""
-    pieces: list[list] = [[]]
-    for x, y in thin(stage.series[name]):
-        pieces += [[]] if y is None else []
-        pieces[-1] += [] if y is None else [(x, y)]
+    runs = itertools.groupby(thin(stage.series[name]), lambda point: point[1] is not None)
+    pieces = [list(points) for known, points in runs if known]
     parts = ['<path class="line" d="M' + " L".join(f.at(*p) for p in piece) + '"/>' for piece in pieces if piece[1:]]
     known = [(x, y, len(piece) == 1) for piece in pieces for x, y in piece]
     for i, (x, y, alone) in enumerate(known):
@@ -199,12 +189,6 @@ def curve(f: Frame, name: str, stage: Stage) -> str:
     return "".join(parts)
 
 
-def shade(f: Frame, band: list[tuple]) -> str:
-    around = [f.at(x, high) for x, _, _, high in band] + [f.at(x, low) for x, low, _, _ in reversed(band)]
-    median = " ".join(f.at(x, y) for x, _, y, _ in band)
-    return f'<polygon class="band" points="{" ".join(around)}"/><polyline class="median" points="{median}"/>'
-
-
 def plot(title: str, names: Sequence[str], reach: Sequence[float], stage: Stage, bands: dict, healthy: dict) -> str:
     """One figure with those metrics of `names` that were logged; empty when none was."""
     names = [name for name in names if any(y is not None for _, y in stage.series.get(name, []))]
@@ -217,12 +201,16 @@ def plot(title: str, names: Sequence[str], reach: Sequence[float], stage: Stage,
     f = Frame(points + [(x, y) for band in ranges.values() for x, *ys in band for y in ys], reach)
     behind, front, legend, notes = [], [], [], []
     for k, n in enumerate(names, 1):
-        behind += [f'<g class="s{k}">{shade(f, ranges[n])}</g>'] if ranges.get(n) else []
+        if band := ranges.get(n):
+            around = [f.at(x, high) for x, _, _, high in band] + [f.at(x, low) for x, low, _, _ in reversed(band)]
+            median = " ".join(f.at(x, y) for x, _, y, _ in band)
+            behind.append(f'<g class="s{k}"><polygon class="band" points="{" ".join(around)}"/>'
+                          f'<polyline class="median" points="{median}"/></g>')
         front.append(f'<g class="s{k}">{curve(f, n, stage)}</g>')
         known = [y for _, y in stage.series[n] if y is not None]
         lost = f", {len(stage.series[n]) - len(known)} without a number" if len(known) < len(stage.series[n]) else ""
         legend.append(f'<li><i class="s{k}"></i>{esc(n)}: {number(known[0])} &rarr; {number(known[-1])}{lost}</li>')
-        notes += [f'<a href="#{esc(script)}-{esc(n)}">{esc(n)}</a>: {inline(healthy[script, n])}'
+        notes += [f'<a href="#{esc(script)}-{esc(n)}">{esc(n)}</a>: {healthy[script, n]}'
                   for script in (stage.kind, "") if (script, n) in healthy]
     notes += ["shaded: range of earlier seeds, dotted: their median"] if behind else []
     return (f'<figure><h4>{esc(title)}</h4><ul class="legend">{"".join(legend)}</ul>'
@@ -242,11 +230,9 @@ def curves(stage: Stage, bands: dict, healthy: dict) -> str:
 # ---------------------------------------------------------------- the other sections
 
 def gate(stage: Stage) -> str:
-    if not stage.gate:
-        return f'<div class="gate none"><h3>{esc(stage.name)}: no gate yet</h3>The run has not come to its end.</div>'
-    word = "PASS" if stage.gate["passed"] else "FAIL"
+    word = {True: "PASS", False: "FAIL", None: "not reached"}[stage.gate.get("passed")]
     checks = "".join(f'<li>{"&#10003;" if check["ok"] else "&#10007; FAILED:"} {esc(check["name"])}: '
-                     f'{esc(check["figure"])}</li>' for check in stage.gate["checks"])
+                     f'{esc(check["figure"]).replace("-&gt;", "&rarr;")}</li>' for check in stage.gate.get("checks", []))
     advice = f'<b>What to do:</b> {esc(stage.gate.get("advice") or "read the curves below")}' if word == "FAIL" else ""
     return f'<div class="gate {word}"><h3>GATE {esc(stage.name)} {word}</h3><ul>{checks}</ul>{advice}</div>'
 
@@ -268,9 +254,10 @@ def samples(stage: Stage) -> str:
     first, last = ([row for row in rows if row["step"] == rows[end]["step"]] for end in (0, -1))
     told = [(new["prompt"], {f"step {row['step']}": row["answer"] for row in (old, new)})
             for old, new in zip(first, last) if "answer" in new]
-    told += [(f"margin {number(row['margin'])}", {"labelled better": row["chosen"], "labelled worse": row["rejected"]})
-             for row in last if "margin" in row]
-    return "<h3>Held-out samples</h3>" + side_by_side(told[:TEXTS // 2] + told[TEXTS // 2:][-TEXTS // 2:]) if told else ""
+    told += [(row["where"], {"labelled better": row["chosen"], "labelled worse": row["rejected"],
+                             "difference in score": number(row["margin"])}) for row in last if "margin" in row]
+    told = told[:TEXTS // 2] + told[TEXTS // 2:][-TEXTS // 2:]
+    return "<h3>Held-out samples</h3>" + side_by_side(told) if told else ""
 
 
 def costs(stages: list[Stage], timing: dict[str, float], memory_gb: float | None) -> str:
@@ -278,8 +265,8 @@ def costs(stages: list[Stage], timing: dict[str, float], memory_gb: float | None
     for stage in () if timing else stages:
         parts = {f"{stage.name}: {name[5:]}": sum(y or 0 for _, y in points)
                  for name, points in stage.series.items() if name.startswith("time/")}
-        whole = max((y or 0 for _, y in stage.series.get("seconds", [])), default=0)
-        timing = {**timing, **parts, f"{stage.name}: rest" if parts else stage.name: whole - sum(parts.values())}
+        rest = max((y or 0 for _, y in stage.series.get("seconds", [])), default=0) - sum(parts.values())
+        timing = {**timing, **parts, f"{stage.name}: rest" if parts else stage.name: rest}
     timing = {name: seconds for name, seconds in timing.items() if (finite(seconds) or 0) > 0}
     total = sum(timing.values())
     rows = "".join(f"<tr><td>{esc(name)}</td><td>{common.duration(seconds)}</td><td>{seconds / total:.0%}</td>"
@@ -290,37 +277,36 @@ def costs(stages: list[Stage], timing: dict[str, float], memory_gb: float | None
 
 
 def versions(stage: Stage) -> str:
-    """What somebody needs to do it again."""
-    facts = {**stage.config, "sessions": 1 + len(stage.config.get("sessions", [])), "command": "", "config": ""}
-    facts |= {"versions": ", ".join(" ".join(item) for item in stage.config.get("versions", {}).items())}
-    told = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
-    options = json.dumps(stage.config.get("config", {}), indent=1, ensure_ascii=False)
-    return (f"<h3>{esc(stage.name)}</h3><pre>python {esc(stage.config.get('command', '?'))}</pre><p>{esc(told)}</p>"
-            f"<details><summary>All options</summary><pre>{esc(options)}</pre></details>" if stage.config else "")
+    """What somebody needs to do it again: config.json, whose command stands alone."""
+    facts = json.dumps({name: x for name, x in stage.config.items() if name != "command"}, ensure_ascii=False)
+    command = f"<h3>{esc(stage.name)}</h3><pre>python {esc(stage.config.get('command', '?'))}</pre>"
+    return f"{command}<p>{esc(re.sub('[{}]', '', facts)).replace('&quot;', '')}</p>" if stage.config else ""
 
 
-CSS = """:root{color-scheme:light dark;--bg:#fafaf8;--fg:#1c1e22;--soft:#5b616b;--rule:#d8dade;--card:#fff;--1:#1f5fbf;
---2:#b94a06;--3:#12783f}@media screen and (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e6e7ea;--soft:#a5abb5;
---rule:#383c44;--card:#1c1f24;--1:#74adff;--2:#ffa066;--3:#62d293}}*{box-sizing:border-box}body{margin:auto;padding:1rem;
-max-width:1240px;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h2{
-margin:2em 0 .6em;border-bottom:2px solid var(--rule)}h4{margin:0}a{color:inherit}nav a{margin-right:1em}p,figcaption{
-color:var(--soft)}.gates,.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
-ul{margin:.3em 0;padding:0;list-style:none}.gate{padding:.8rem 1rem;border-radius:8px;color:#fff;background:#62676f}
-.gate h3{margin:0;font-size:1.4rem}.PASS{background:#14733a}.FAIL{background:#b3261e}.gate,.bar i{
-print-color-adjust:exact;-webkit-print-color-adjust:exact}figure{margin:0;padding:.8rem;max-width:620px;background:
-var(--card);border:1px solid var(--rule);border-radius:8px}figcaption,.legend{font-size:.85rem}.legend i{display:
-inline-block;width:1.8em;margin-right:.5em;border-top:3px solid;vertical-align:middle}svg{display:block;width:100%}
-svg text{fill:var(--soft);font:13px system-ui,sans-serif}path,.median{fill:none;stroke:var(--rule)}.axis{stroke:
-var(--soft)}.s1{color:var(--1)}.s2{color:var(--2)}.s3{color:var(--3)}g path{stroke:currentColor;stroke-width:2}
-.s2 .line{stroke-dasharray:7 3}.s3 .line{stroke-dasharray:2 3}.legend .s2{border-top-style:dashed}.legend .s3{
-border-top-style:dotted}.dot,.band{fill:currentColor}.hover{fill:transparent}.band{fill-opacity:.16;stroke:currentColor;
-stroke-opacity:.3}.median{stroke:currentColor;stroke-dasharray:2 4}table{border-collapse:collapse;width:100%;font-size:
-.9rem;background:var(--card)}th,td{padding:.4rem .6rem;border:1px solid var(--rule);text-align:left;vertical-align:top}
-.texts td,pre{white-space:pre-wrap}.bar{width:45%}.bar i{display:block;height:1.1em;background:var(--1)}summary{cursor:
-pointer}tr:target{outline:3px solid var(--2)}@media (max-width:680px){table:not(.times) :is(tr,td){display:block}
-table:not(.times) th{display:none}table:not(.times) tr{margin-bottom:1rem}table:not(.times) td::before{display:block;
-content:attr(data-label);font-weight:bold;color:var(--soft)}}
-@media print{body{max-width:none;font-size:11px}figure,tr,.gate{break-inside:avoid}nav{display:none}}"""
+CSS = """:root{color-scheme:light dark;--bg:#fafaf8;--fg:#1c1e22;--soft:#5b616b;--rule:#d8dade;--card:#fff;
+--1:#1f5fbf;--2:#b94a06;--3:#12783f}@media screen and (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e6e7ea;
+--soft:#a5abb5;--rule:#383c44;--card:#1c1f24;--1:#74adff;--2:#ffa066;--3:#62d293}}*{box-sizing:border-box}
+body{margin:auto;padding:1rem;max-width:1240px;background:var(--bg);color:var(--fg);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h2{margin:2em 0 .6em;border-bottom:2px solid var(--rule)}
+h4{margin:0}a{color:inherit}nav a{margin-right:1em}p,figcaption{color:var(--soft)}.gates,.plots{display:grid;gap:1rem;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}ul{margin:.3em 0;padding:0;list-style:none}
+.gate{padding:.8rem 1rem;border-radius:8px;color:#fff;background:#62676f}.gate h3{margin:0;font-size:1.4rem}
+.PASS{background:#14733a}.FAIL{background:#b3261e}.gate,.bar i{print-color-adjust:exact;
+-webkit-print-color-adjust:exact}figure{margin:0;padding:.8rem;max-width:620px;background:var(--card);
+border:1px solid var(--rule);border-radius:8px}figcaption,.legend{font-size:.85rem}.legend i{display:inline-block;
+width:1.8em;margin-right:.5em;border-top:3px solid;vertical-align:middle}svg{display:block;width:100%}
+svg text{fill:var(--soft);font:13px system-ui,sans-serif}path,.median{fill:none;stroke:var(--rule)}
+.axis{stroke:var(--soft)}.s1{color:var(--1)}.s2{color:var(--2)}.s3{color:var(--3)}g path{stroke:currentColor;
+stroke-width:2}.s2 .line{stroke-dasharray:7 3}.s3 .line{stroke-dasharray:2 3}.legend .s2{border-top-style:dashed}
+.legend .s3{border-top-style:dotted}.dot,.band{fill:currentColor}.hover{fill:transparent}.band{fill-opacity:.16;
+stroke:currentColor;stroke-opacity:.3}.median{stroke:currentColor;stroke-dasharray:2 4}table{border-collapse:collapse;
+width:100%;font-size:.9rem;background:var(--card)}th,td{padding:.4rem .6rem;border:1px solid var(--rule);
+text-align:left;vertical-align:top}.texts td,pre{white-space:pre-wrap}.bar{width:45%}.bar i{display:block;
+height:1.1em;background:var(--1)}summary{cursor:pointer}
+@media (max-width:680px){table:not(.times) :is(tr,td){display:block}table:not(.times) th{display:none}
+table:not(.times) tr{margin-bottom:1rem}table:not(.times) td::before{display:block;content:attr(data-label);
+font-weight:bold;color:var(--soft)}}@media print{body{max-width:none;font-size:11px}
+figure,tr,.gate{break-inside:avoid}nav{display:none}}"""
 
 
 def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: Sequence[dict] = (),
@@ -328,10 +314,8 @@ def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: Seq
           notes: Sequence[str] = ()) -> None:
     """One report of `runs` {stage: run folder}; panels: [{"prompt", "answers": {model: text}, "gold": {model: score}}];
     timing: {part: seconds}, without it from the logs; bands: {stage: {metric: {"step", "low", "median", "high"}}}."""
-    if not runs:
-        raise common.UserError("a report needs at least one run folder")
     stages, (meanings, healthy) = [read_run(name, Path(folder)) for name, folder in runs.items()], glossary()
-    told = [(p["prompt"], {name: text + f"\n[gold {number(p['gold'].get(name))}]" * ("gold" in p)
+    told = [(p["prompt"], {name: text + (f"\n[gold {number(p['gold'].get(name))}]" if "gold" in p else "")
                            for name, text in p["answers"].items()}) for p in panels]
     sections = {"Gates": f'<div class="gates">{"".join(map(gate, stages))}</div>', "Side by side": side_by_side(told)}
     for stage in stages:
@@ -348,8 +332,7 @@ def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: Seq
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # The policy below is a second lock behind esc(): no script runs and nothing is fetched, whatever a model wrote.
     common.atomic_write(path, f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>{CSS}</style></head><body><h1>{esc(title)}</h1>{intro}<nav>{nav}</nav>{body}</body></html>\n""")
 
@@ -360,12 +343,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
     parser.add_argument("--bands", type=Path, help="a file that make bands wrote: draws the range of its seeds")
     args = parser.parse_args()
-    if args.bands and not args.bands.exists():
-        raise common.UserError(f"--bands {args.bands} does not exist: make bands writes course/expected/demo.json")
+    bands = read_lines(args.bands)[0] if args.bands and args.bands.exists() else {}
+    if args.bands and not bands.get("curves"):
+        raise common.UserError(f"--bands {args.bands} does not exist or holds no curves: make bands writes such a file")
     kinds = [(read_lines(run / "config.json") or [{}])[0].get("stage", run.name) for run in args.runs]
     runs = {kind if kinds.count(kind) == 1 else f"{kind} {run}": run for kind, run in zip(kinds, args.runs)}
-    out = args.out or args.runs[0] / "report.html"
-    write(out, f"ChatPiXiu: {', '.join(runs)}", runs, bands=read_lines(args.bands)[0]["curves"] if args.bands else None)
+    write(out := args.out or args.runs[0] / "report.html", ", ".join(runs), runs, bands=bands.get("curves"))
     print(f"wrote {out}")
 
 

@@ -157,6 +157,17 @@ def test_bin_files(zip_archive, shards, saved):
     check(folder, theirs)
 
 
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
+def test_what_training_scripts_put_around_the_tensors(wrapper, saved):
+    folder, theirs = saved
+    (folder / "model.safetensors").unlink()
+    torch.save({wrapper: theirs.state_dict(), "epoch": 3}, folder / "pytorch_model.bin")
+    check(folder, theirs)
+    torch.save({"weights": theirs.state_dict(), "epoch": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is no table of tensors; it holds OrderedDict, int"):
+        checkpoints.load(folder)
+
+
 def test_a_file_of_the_directory_stands_for_it(saved):
     folder, theirs = saved
     for name in ("model.safetensors", "config.json"):
@@ -455,7 +466,8 @@ def test_transformers_loads_what_we_save(variant, shard, tmp_path, monkeypatch):
     assert len(list(out.glob("*.safetensors"))) > 2 if shard else (out / "model.safetensors").exists()
     theirs, info = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", output_loading_info=True)
     assert not any(info.values()), info
-    assert type(theirs).__name__ == ("Qwen2ForCausalLM" if "qwen2" in variant else "LlamaForCausalLM")
+    name = "Qwen2ForCausalLM" if "qwen2" in variant else "LlamaForCausalLM"
+    assert type(theirs).__name__ == name and theirs.config.architectures == [name]
     assert_close(logits(theirs.eval()), logits(ours), 2e-5, variant)
     again, tokenizer = checkpoints.load(tmp_path / "out")
     assert tokenizer is None and again.config == ours.config
@@ -534,6 +546,7 @@ def test_a_merged_head_is_no_longer_tied(tmp_path):
     lora.merge(model, "default", keep_original=False)
     lora.strip(model)
     checkpoints.save(model, None, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
     assert not check(tmp_path, expected).config.tie_embeddings
 
 
@@ -624,6 +637,16 @@ def test_the_tokenizer_goes_with_the_model(real_tokenizer, tmp_path):
     assert theirs.apply_chat_template(messages, return_dict=True)["input_ids"] == real_tokenizer.render(messages)[0]
     config = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
     assert config["eos_token_id"] == real_tokenizer.eos_ids
+
+
+def test_all_end_tokens_are_written(tmp_path):
+    tokenizer = byte_tokenizer("llama3", True)
+    tokenizer.eos_ids = [257, 262]
+    checkpoints.save(tiny_model(), tokenizer, tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+        ids = [written[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")]
+        assert ids == [256, [257, 262], 262], name
 
 
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}

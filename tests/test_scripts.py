@@ -1,7 +1,7 @@
 """sft.py, reward.py and ppo.py as a user runs them: subprocesses on a tiny model, asserting that they learned, that
 they go on after a stop or a kill -9 with the same bits, and that bad input is a clear error that loses nothing.
 
-The tiny world: bytes as tokens, one-letter questions, and answers that are "good" or "bad" at random. SFT learns to say
+The tiny world: bytes as tokens, one-letter questions, and answers that are "good" or "evil" at random. SFT learns to say
 one of the two and to stop, the reward model learns that "good" is better, and PPO learns to say it.
 """
 import json
@@ -26,7 +26,7 @@ TINY = ("--device", "cpu", "--dtype", "fp32")
 SFT = ("--lora_r", "0", "--lr", "4e-3", "--batch_size", "16", "--micro_batch", "8", "--max_len", "64", "--answer_len",
        "8",
        "--eval_answers", "16", *TINY)
-REWARD = ("--lr", "4e-3", "--batch_size", "8", "--lora_r", "4", "--valid_share", "0.25", *TINY)
+REWARD = ("--lr", "2e-3", "--batch_size", "8", "--lora_r", "4", "--valid_share", "0.25", *TINY)
 PPO = ("--batch_size", "32", "--micro_batch", "16", "--response_len", "8", "--ppo_epochs", "2", "--lr", "5e-3",
        "--value_lr", "5e-3",
        "--lora_r", "4", "--eval_prompts", "32", "--kl_coef", "0.02", *TINY)
@@ -67,11 +67,11 @@ def place(tmp_path_factory) -> Path:
     checkpoints.save(randomize(model, std=0.05), tokenizer, where / "base")
     dice, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
     rows = [{"messages": [{"role": "user", "content": dice.choice(letters)},
-                          {"role": "assistant", "content": dice.choice(("good", "bad"))}]}
+                          {"role": "assistant", "content": dice.choice(("good", "evil"))}]}
             for _ in range(160)]
     write_rows(where / "sft.jsonl", rows)
     write_rows(where / "pairs.jsonl",
-               [{"prompt": dice.choice(letters), "chosen": "good", "rejected": "bad"} for _ in range(96)])
+               [{"prompt": dice.choice(letters), "chosen": "good", "rejected": "evil"} for _ in range(96)])
     write_rows(where / "prompts.jsonl", [{"prompt": dice.choice(letters)} for _ in range(128)])
     return where
 
@@ -94,7 +94,7 @@ def trained(place) -> dict[str, str]:
 # ---------------------------------------------------------------- they learn
 
 def test_sft_learns_the_answers_and_to_stop(trained, place):
-    """The answer is a coin, so the loss per token of g-o-o-d-end / b-a-d-end cannot fall below log 2 / 4.5 = 0.154."""
+    """The answer is a coin, so the loss per token of g-o-o-d-end / e-v-i-l-end cannot fall below log 2 / 5 = 0.139."""
     assert figure(place / "sft", "eval/loss", 0) > 3 and figure(place / "sft", "eval/loss", -1) < 0.4
     assert figure(place / "sft", "eval/eos_rate", -1) == 1.0
     assert "GATE sft PASS" in trained["sft"]
@@ -112,7 +112,7 @@ def test_sft_leaves_a_directory_that_transformers_loads(trained, place):
     with torch.no_grad():
         assert float((theirs(ids).logits - ours(ids)).abs().max()) < 1e-4
     text = tokenizer.decode(ours.generate(ids, 8, temperature=0.0, eos_ids=tokenizer.eos_ids)[0].tolist())
-    assert text in ("good<|im_end|>", "bad<|im_end|>"), text
+    assert text in ("good<|im_end|>", "evil<|im_end|>"), text
 
 
 def test_reward_learns_which_answer_is_better(trained, place):
@@ -121,7 +121,7 @@ def test_reward_learns_which_answer_is_better(trained, place):
     tokenizer = checkpoints.load(place / "sft/model")[1]
     model = reward.load(place / "reward/model")
     scores = []
-    for answer in ("good", "bad"):
+    for answer in ("good", "evil"):
         # end token last
         ids = tokenizer.render([{"role": "user", "content": "z"}, {"role": "assistant", "content": answer}])[0][:-1]
         scores.append(float(model(torch.tensor([ids]))))

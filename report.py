@@ -2,8 +2,8 @@
 
 It answers, in this order: did it work (gates), what does it write now (the same prompts answered by several models),
 how did it get there (curves, the range of earlier seeds behind them), what did it cost (time, memory, versions), what
-do the figures mean (docs/metrics.md). The curves are SVG by hand: they scale to a phone and to paper, and tell their
-values to the pointer. A null in metrics.jsonl was no number and leaves a gap.
+do the figures mean (docs/metrics.md). Curves are SVG by hand: they scale to a phone and to paper, and tell their values
+to the pointer. A null in metrics.jsonl was no number and leaves a gap.
 
     python report.py out/sft                                        # -> out/sft/report.html
     python report.py out/sft out/reward out/ppo --out report.html --bands course/expected/demo.json
@@ -14,15 +14,13 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import common
 
 GLOSSARY = Path(__file__).parent / "docs" / "metrics.md"
-# Per script: the title of a plot, its metrics, and values that its axis always reaches, so that noise looks like noise.
-# Whatever else was logged is drawn too, one metric a plot, folded away.
+# Per script: title of a plot, its metrics, values that its axis always reaches. What else was logged is folded away.
 PLOTS: dict[str, list[tuple[str, tuple[str, ...], tuple[float, ...]]]] = {
     "sft": [("Loss per supervised token, nats", ("loss", "eval/loss"), ()),
             ("Share of answers that end", ("eval/eos_rate",), (0, 1))],
@@ -40,7 +38,7 @@ PLOTS: dict[str, list[tuple[str, tuple[str, ...], tuple[float, ...]]]] = {
             ("Explained variance of the value", ("val/explained_variance",), (0, 1))],
 }
 W, H, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 56, 22, 12, 40      # a plot, in units of its viewBox
-POINTS, HOVERS, TEXTS, LETTERS = 600, 60, 8, 1500              # drawn at most: the file stays far below a megabyte
+POINTS, HOVERS, TEXTS, LETTERS = 600, 60, 10, 1500              # drawn at most: the file stays far below a megabyte
 
 
 @dataclass
@@ -75,8 +73,8 @@ def read_lines(path: Path) -> list[dict]:
 def read_run(name: str, folder: Path) -> Stage:
     config, gate = ((read_lines(folder / file) or [{}])[0] for file in ("config.json", "gate.json"))
     if not gate and not (folder / "metrics.jsonl").exists():
-        there = "holds neither metrics.jsonl nor gate.json" if folder.is_dir() else "does not exist"
-        raise common.UserError(f"{folder} (for {name}) {there}: give the --out_dir of a run that has begun")
+        raise common.UserError(f"{folder} ({name}) does not exist or holds neither metrics.jsonl nor gate.json: "
+                               "give the --out_dir of a run that has begun")
     stage = Stage(name, config.get("stage", name), config, gate, read_lines(folder / "samples.jsonl"))
     for row in [*read_lines(folder / "metrics.jsonl"), *read_lines(folder / "gold.jsonl")]:
         step = row.pop("step", 0)
@@ -128,7 +126,7 @@ def glossary() -> tuple[str, dict[tuple[str, str], str]]:
 
 class Frame:
     """What the axes of a plot span, with a little air, and where a point lies in its viewBox."""
-    def __init__(self, points: list[tuple], reach: Sequence[float]):
+    def __init__(self, points: list[tuple], reach: tuple[float, ...]):
         xs, ys = [x for x, _ in points], [*reach, *(y for _, y in points if y is not None)]
         self.x0, self.x1, low, high = min(xs), max(*xs, min(xs) + 1), min(ys), max(ys)
         air = 0.04 * (high - low) if high - low > 1e-9 * max(abs(low), abs(high)) else abs(low) / 2 or 1
@@ -172,8 +170,7 @@ def thin(points: list) -> list:
 
 def curve(f: Frame, name: str, stage: Stage) -> str:
     """One metric: a path broken at its gaps, dots where points are few or stand alone, and texts to hover over."""
-    runs = itertools.groupby(thin(stage.series[name]), lambda point: point[1] is not None)
-    pieces = [list(points) for known, points in runs if known]
+    pieces = [list(ps) for ok, ps in itertools.groupby(thin(stage.series[name]), lambda p: p[1] is not None) if ok]
     parts = ['<path class="line" d="M' + " L".join(f.at(*p) for p in piece) + '"/>' for piece in pieces if piece[1:]]
     known = [(x, y, len(piece) == 1) for piece in pieces for x, y in piece]
     for i, (x, y, alone) in enumerate(known):
@@ -189,7 +186,7 @@ def curve(f: Frame, name: str, stage: Stage) -> str:
     return "".join(parts)
 
 
-def plot(title: str, names: Sequence[str], reach: Sequence[float], stage: Stage, bands: dict, healthy: dict) -> str:
+def plot(title: str, names: tuple, reach: tuple, stage: Stage, bands: dict, healthy: dict) -> str:
     """One figure with those metrics of `names` that were logged; empty when none was."""
     names = [name for name in names if any(y is not None for _, y in stage.series.get(name, []))]
     if not names:
@@ -212,7 +209,6 @@ def plot(title: str, names: Sequence[str], reach: Sequence[float], stage: Stage,
         legend.append(f'<li><i class="s{k}"></i>{esc(n)}: {number(known[0])} &rarr; {number(known[-1])}{lost}</li>')
         notes += [f'<a href="#{esc(script)}-{esc(n)}">{esc(n)}</a>: {healthy[script, n]}'
                   for script in (stage.kind, "") if (script, n) in healthy]
-    notes += ["shaded: range of earlier seeds, dotted: their median"] if behind else []
     return (f'<figure><h4>{esc(title)}</h4><ul class="legend">{"".join(legend)}</ul>'
             f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)}">{axes(f)}{"".join(behind + front)}</svg>'
             f'<figcaption>{"<br>".join(notes)}</figcaption></figure>')
@@ -232,9 +228,9 @@ def curves(stage: Stage, bands: dict, healthy: dict) -> str:
 def gate(stage: Stage) -> str:
     word = {True: "PASS", False: "FAIL", None: "not reached"}[stage.gate.get("passed")]
     checks = "".join(f'<li>{"&#10003;" if check["ok"] else "&#10007; FAILED:"} {esc(check["name"])}: '
-                     f'{esc(check["figure"]).replace("-&gt;", "&rarr;")}</li>' for check in stage.gate.get("checks", []))
+                     f'{esc(check["figure"])}</li>' for check in stage.gate.get("checks", []))
     advice = f'<b>What to do:</b> {esc(stage.gate.get("advice") or "read the curves below")}' if word == "FAIL" else ""
-    return f'<div class="gate {word}"><h3>GATE {esc(stage.name)} {word}</h3><ul>{checks}</ul>{advice}</div>'
+    return f'<div class="gate {word}"><h3>GATE {esc(stage.name)} {word}</h3><ul>{checks.replace("-&gt;", "&rarr;")}</ul>{advice}</div>'
 
 
 def side_by_side(rows: list[tuple[str, dict[str, str]]]) -> str:
@@ -256,8 +252,7 @@ def samples(stage: Stage) -> str:
             for old, new in zip(first, last) if "answer" in new]
     told += [(row["where"], {"labelled better": row["chosen"], "labelled worse": row["rejected"],
                              "difference in score": number(row["margin"])}) for row in last if "margin" in row]
-    told = told[:TEXTS // 2] + told[TEXTS // 2:][-TEXTS // 2:]
-    return "<h3>Held-out samples</h3>" + side_by_side(told) if told else ""
+    return "<h3>Held-out samples</h3>" + side_by_side(told[:TEXTS]) if told else ""
 
 
 def costs(stages: list[Stage], timing: dict[str, float], memory_gb: float | None) -> str:
@@ -302,39 +297,37 @@ stroke-width:2}.s2 .line{stroke-dasharray:7 3}.s3 .line{stroke-dasharray:2 3}.le
 stroke:currentColor;stroke-opacity:.3}.median{stroke:currentColor;stroke-dasharray:2 4}table{border-collapse:collapse;
 width:100%;font-size:.9rem;background:var(--card)}th,td{padding:.4rem .6rem;border:1px solid var(--rule);
 text-align:left;vertical-align:top}.texts td,pre{white-space:pre-wrap}.bar{width:45%}.bar i{display:block;
-height:1.1em;background:var(--1)}summary{cursor:pointer}
+height:1.1em;background:var(--1)}
 @media (max-width:680px){table:not(.times) :is(tr,td){display:block}table:not(.times) th{display:none}
 table:not(.times) tr{margin-bottom:1rem}table:not(.times) td::before{display:block;content:attr(data-label);
 font-weight:bold;color:var(--soft)}}@media print{body{max-width:none;font-size:11px}
-figure,tr,.gate{break-inside:avoid}nav{display:none}}"""
+figure,tr,.gate{break-inside:avoid}}"""
 
 
-def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: Sequence[dict] = (),
+def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: list[dict] | None = None,
           timing: dict[str, float] | None = None, memory_gb: float | None = None, bands: dict | None = None,
-          notes: Sequence[str] = ()) -> None:
+          notes: list[str] | None = None) -> None:
     """One report of `runs` {stage: run folder}; panels: [{"prompt", "answers": {model: text}, "gold": {model: score}}];
     timing: {part: seconds}, without it from the logs; bands: {stage: {metric: {"step", "low", "median", "high"}}}."""
     stages, (meanings, healthy) = [read_run(name, Path(folder)) for name, folder in runs.items()], glossary()
     told = [(p["prompt"], {name: text + (f"\n[gold {number(p['gold'].get(name))}]" if "gold" in p else "")
-                           for name, text in p["answers"].items()}) for p in panels]
+                           for name, text in p["answers"].items()}) for p in panels or []]
     sections = {"Gates": f'<div class="gates">{"".join(map(gate, stages))}</div>', "Side by side": side_by_side(told)}
     for stage in stages:
-        shades = (bands or {}).get(stage.name) or (bands or {}).get(stage.kind) or {}
-        sections[f"Curves of {stage.name}"] = curves(stage, shades, healthy) + samples(stage)
+        sections[f"Curves of {stage.name}"] = curves(stage, (bands or {}).get(stage.kind, {}), healthy) + samples(stage)
     sections |= {"Where the time goes": costs(stages, timing or {}, memory_gb),
                  "Versions and commands": "".join(map(versions, stages)), "What the figures mean": meanings}
     sections = {name: text for name, text in sections.items() if text}
-    passed = [bool(stage.gate["passed"]) for stage in stages if stage.gate]
-    intro = "".join(f"<p>{esc(note)}</p>" for note in [f"{sum(passed)} of {len(passed)} gates passed", *notes])
+    notes = [*(notes or []), *["Shaded behind a curve: the range of earlier seeds; dotted: their median."] * bool(bands)]
     nav = "".join(f'<a href="#part{i}">{esc(name)}</a> ' for i, name in enumerate(sections))
     body = "".join(f'<section id="part{i}"><h2>{esc(name)}</h2>{text}</section>'
                    for i, (name, text) in enumerate(sections.items()))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # The policy below is a second lock behind esc(): no script runs and nothing is fetched, whatever a model wrote.
     common.atomic_write(path, f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title><meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{esc(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{CSS}</style></head><body><h1>{esc(title)}</h1>{intro}<nav>{nav}</nav>{body}</body></html>\n""")
+<style>{CSS}</style><body><h1>{esc(title)}</h1><p>{'<br>'.join(map(esc, notes))}</p><nav>{nav}</nav>{body}</body></html>\n""")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ text. A Jinja template (of tokenizer_config.json or a GGUF file) is rendered wit
 at the markers, and then treated like any other list of pieces.
 """
 import datetime
+import functools
 import json
 import re
 
@@ -37,7 +38,7 @@ def chatml(system: str | None, turns: list[tuple[str, str]], prompt: bool):
 
 
 def alpaca(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = [((system or ALPACA) + "\n\n", U)]
+    pieces = [(system, U) if system else (ALPACA, F), ("\n\n", F)]
     for i, (role, text) in enumerate(turns):
         if role == "user":
             pieces += [("\n\n" if i else "", F), ("### Instruction:\n", F), (text, U), ("\n\n", F)]
@@ -47,7 +48,7 @@ def alpaca(system: str | None, turns: list[tuple[str, str]], prompt: bool):
 
 
 def vicuna(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = [((system or VICUNA) + " ", U)]
+    pieces = [(system, U) if system else (VICUNA, F), (" ", F)]
     for role, text in turns:
         pieces += [("USER: ", F), (text, U), (" ", F)] if role == "user" else [("ASSISTANT:", F), (" " + text, A), ("", E)]
     return pieces + ([("ASSISTANT:", F)] if prompt else [])
@@ -57,8 +58,8 @@ def llama2(system: str | None, turns: list[tuple[str, str]], prompt: bool):
     pieces = []
     for i, (role, text) in enumerate(turns):
         if role == "user":
-            head = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else ""
-            pieces += [("<s>" if i else "", F), ("[INST] ", F), (head + text.strip(), U), (" [/INST]", F)]
+            head = [("<<SYS>>\n", F), (system, U), ("\n<</SYS>>\n\n", F)] if system and i == 0 else []
+            pieces += [("<s>" if i else "", F), ("[INST] ", F), *head, (text.strip(), U), (" [/INST]", F)]
         else:
             pieces += [(" " + text.strip() + " ", A), ("</s>", E)]
     return pieces
@@ -153,26 +154,39 @@ def check(messages: list[dict]) -> None:
 
 # ---------------------------------------------------------------- Jinja
 
-def jinja_pieces(tokenizer, template: str, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, str]]:
-    """Renders the template with a marker for each content and splits the text there. The markers are letters between two private
-    characters, so that a template that trims or tests its contents treats them as it would treat words."""
+BLANK = "\x1f"                             # counts as a space for `trim`, and nobody writes it
+
+def jinja_pieces(tokenizer, template: str, messages: list[dict], prompt: bool) -> list[tuple[str, str]]:
+    """Renders the template with a marker for each content and splits the text there. The markers are letters between two
+    private characters, so that a template that tests its contents treats them as it would treat words; the blanks around
+    them tell whether the template trims."""
     marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    rows = [{**m, "content": mark} for m, mark in zip(messages, marks)]
-    text = render_template(tokenizer, template, rows, add_generation_prompt)
-    if text.startswith(bos := tokenizer.token_of.get(tokenizer.bos_id, "\0")):
+    rows = [{**m, "content": f"{BLANK}{mark}{BLANK}"} for m, mark in zip(messages, marks)]
+    text = render_template(tokenizer, template, rows, prompt)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if any(text.count(marks[i]) != 1 for i in answers):
+        raise UserError("the chat template does not print every answer exactly once, so it is unclear what to supervise: "
+                        f"pass --template with one of {', '.join(FORMATS)}")
+    bos = tokenizer.token_of.get(tokenizer.bos_id, "\0")
+    pieces: list[tuple[str, str]] = []
+    if text.startswith(bos):
         text = text[len(bos):]
-        bos_piece = [] if tokenizer.add_bos else [(bos, F)]
-    else:
-        bos_piece = []
-    pieces: list[tuple[str, str]] = bos_piece
-    for part in re.split("(\ue000\\d+\ue001)", text):
-        if part not in marks:
+        pieces = [] if tokenizer.add_bos else [(bos, F)]
+    for part in re.split(f"({BLANK}?\ue000\\d+\ue001{BLANK}?)", text):
+        if (mark := part.strip()) not in marks:
             pieces.append((part, F))
             continue
-        role, content = messages[marks.index(part)]["role"], messages[marks.index(part)]["content"]
-        pieces.append((content, A if role == "assistant" else U))
-    if [p for p, _ in pieces].count("") < 0 or any(text.count(mark) != 1 for mark, m in zip(marks, messages) if m["role"] == "assistant"):
-        raise UserError("the chat template does not print every answer exactly once, so it is unclear what to supervise: pass --template with one of " + ", ".join(FORMATS))
+        m = messages[marks.index(mark)]
+        content = m["content"] if part.startswith(BLANK) else m["content"].lstrip()
+        content = content if part.endswith(BLANK) else content.rstrip()
+        if m["role"] == "assistant" and pieces[-1][1] == F:
+            # Where the prompt ends is what the template says without the answer: a space behind it belongs to the answer.
+            opening = render_template(tokenizer, template, rows[:marks.index(mark)], True).split("\ue001" + BLANK)[-1]
+            opening = opening.split("\ue001")[-1]
+            before = pieces[-1][0]
+            if before.startswith(opening) and before[len(opening):].isspace():
+                pieces[-1], content = (opening, F), before[len(opening):] + content
+        pieces.append((content, A if m["role"] == "assistant" else U))
     return split_ends(tokenizer, pieces)
 
 
@@ -193,9 +207,9 @@ def split_ends(tokenizer, pieces: list[tuple[str, str]]) -> list[tuple[str, str]
     return [(t, k) for t, k in out if t or k == E]
 
 
-def render_template(tokenizer, template: str, messages: list[dict], add_generation_prompt: bool) -> str:
-    """Runs a template that came with a model: foreign code, hence the sandbox."""
-    import jinja2
+@functools.lru_cache(maxsize=16)
+def compiled(template: str):
+    """A template that came with a model is foreign code, hence the sandbox. Compiling it takes longer than using it."""
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -211,10 +225,17 @@ def render_template(tokenizer, template: str, messages: list[dict], add_generati
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
-    names = {f"{name}_token": tokenizer.token_of.get(i, "") for name, i in
-             (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_ids[0] if tokenizer.eos_ids else None), ("pad", tokenizer.pad_id))}
+    env.globals.update(raise_exception=raise_exception,
+                       strftime_now=lambda form: datetime.datetime.now().strftime(form))
+    return env.from_string(template)
+
+
+def render_template(tokenizer, template: str, messages: list[dict], add_generation_prompt: bool) -> str:
+    import jinja2
+    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    ids = {"bos": tokenizer.bos_id, "eos": eos, "pad": tokenizer.pad_id}
+    names = {f"{name}_token": tokenizer.token_of.get(i, "") for name, i in ids.items()}
     try:
-        return env.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **names)
+        return compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **names)
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template cannot be rendered: {error}") from None

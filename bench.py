@@ -23,7 +23,7 @@ import common
 import lora
 import sft
 from data import batch as data_batch
-from data import formats
+from data import chat, formats
 
 
 @dataclass
@@ -82,7 +82,7 @@ def table(title: str, tokens: int, seconds: dict[str, list[float]], peer: str) -
 def main(cfg: Config) -> None:
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     model, tokenizer = checkpoints.load(cfg.init, world.device, world.dtype)
-    tokenizer.chat_template = tokenizer.chat_template or "chatml"
+    chat.use_format(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.save(model, tokenizer, folder)
         hf = peers(Path(folder), cfg, world.dtype).to(world.device)

@@ -76,21 +76,13 @@ class Speaker:
     def __init__(self, name: str, cfg: Config, world: common.World):
         self.name, self.cfg, self.plain = name, cfg, cfg.template == "none"
         self.model, tokenizer = checkpoints.load(find(name), world.device, world.dtype)
-        if tokenizer is None:
-            raise UserError(f"{name} has no tokenizer: put tokenizer.json or tokenizer.model beside its weights")
+        own = tokenizer and tokenizer.chat_template
+        used = chat.use_format(tokenizer, "" if self.plain else cfg.template)
+        if not (own or cfg.template):
+            note(f"{name} names no chat format, {used} is used: --template takes another, or none")
         self.tokenizer, self.stops, self.left_out = tokenizer, set(tokenizer.eos_ids), 0
         self.history: list[dict] = []                    # user, assistant, user, assistant ...
         self.generator = torch.Generator(world.device).manual_seed(cfg.seed)
-        if self.plain:
-            return
-        if not cfg.template and not tokenizer.chat_template:
-            tokenizer.chat_template = "chatml" if "<|im_start|>" in tokenizer.specials else "alpaca"
-            note(f"{name} names no chat format, {tokenizer.chat_template} is used: --template takes another, or none")
-        tokenizer.chat_template = cfg.template or tokenizer.chat_template
-        # A format may end turns with a token that the tokenizer does not count among its ends, as chatml does on a
-        # base model. Whatever the format, it is the last supervised token of a conversation.
-        ids, mask = tokenizer.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
-        self.stops.add([i for i, supervised in zip(ids, mask) if supervised][-1])
 
     def ask(self, text: str) -> tuple[str, str]:
         """One turn. A question that got no answer stays for /undo, but the model is not shown it again."""

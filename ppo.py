@@ -36,7 +36,7 @@ import lora
 import memory
 import reward as reward_stage
 from data import batch as data_batch
-from data import formats
+from data import chat, formats
 from model import Transformer
 from reward import RewardModel
 from sft import autocast
@@ -492,8 +492,7 @@ def main(cfg: Config) -> bool:
                                            checkpointing=cfg.checkpointing, separate_models=full))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
-    if cfg.template:
-        tokenizer.chat_template = cfg.template
+    chat.use_format(tokenizer, cfg.template)
     roles = separate(cfg, model, world) if full else one_base(cfg, model, world)
     roles.policy.checkpointing = roles.value.model.checkpointing = cfg.checkpointing
     before = fingerprint(roles.reference)

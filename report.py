@@ -227,10 +227,10 @@ def curves(stage: Stage, bands: dict, healthy: dict) -> str:
 
 def gate(stage: Stage) -> str:
     word = {True: "PASS", False: "FAIL", None: "not reached"}[stage.gate.get("passed")]
-    checks = "".join(f'<li>{"&#10003;" if check["ok"] else "&#10007; FAILED:"} {esc(check["name"])}: '
-                     f'{esc(check["figure"])}</li>' for check in stage.gate.get("checks", []))
-    advice = f'<b>What to do:</b> {esc(stage.gate.get("advice") or "read the curves below")}' if word == "FAIL" else ""
-    return f'<div class="gate {word}"><h3>GATE {esc(stage.name)} {word}</h3><ul>{checks.replace("-&gt;", "&rarr;")}</ul>{advice}</div>'
+    told = "".join(f'<li>{"&#10003;" if check["ok"] else "&#10007; FAILED:"} {esc(check["name"])}: '
+                   f'{esc(check["figure"]).replace("-&gt;", "&rarr;")}</li>' for check in stage.gate.get("checks", []))
+    told += f'<li><b>What to do:</b> {esc(stage.gate.get("advice") or "read the curves")}</li>' * (word == "FAIL")
+    return f'<div class="gate {word}"><h3>GATE {esc(stage.name)} {word}</h3><ul>{told}</ul></div>'
 
 
 def side_by_side(rows: list[tuple[str, dict[str, str]]]) -> str:
@@ -273,20 +273,21 @@ def costs(stages: list[Stage], timing: dict[str, float], memory_gb: float | None
 
 def versions(stage: Stage) -> str:
     """What somebody needs to do it again: config.json, whose command stands alone."""
-    facts = json.dumps({name: x for name, x in stage.config.items() if name != "command"}, ensure_ascii=False)
-    command = f"<h3>{esc(stage.name)}</h3><pre>python {esc(stage.config.get('command', '?'))}</pre>"
-    return f"{command}<p>{esc(re.sub('[{}]', '', facts)).replace('&quot;', '')}</p>" if stage.config else ""
+    facts = {name: x for name, x in stage.config.items() if name not in ("command", "sessions")}
+    told = re.sub('[{}"]', "", json.dumps(facts, ensure_ascii=False))
+    return (f"<h3>{esc(stage.name)}</h3><pre>python {esc(stage.config.get('command', '?'))}</pre><p>{esc(told)}</p>"
+            if facts else "")
 
 
 CSS = """:root{color-scheme:light dark;--bg:#fafaf8;--fg:#1c1e22;--soft:#5b616b;--rule:#d8dade;--card:#fff;
 --1:#1f5fbf;--2:#b94a06;--3:#12783f}@media screen and (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e6e7ea;
 --soft:#a5abb5;--rule:#383c44;--card:#1c1f24;--1:#74adff;--2:#ffa066;--3:#62d293}}*{box-sizing:border-box}
 body{margin:auto;padding:1rem;max-width:1240px;background:var(--bg);color:var(--fg);
-font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h2{margin:2em 0 .6em;border-bottom:2px solid var(--rule)}
-h4{margin:0}a{color:inherit}nav a{margin-right:1em}p,figcaption{color:var(--soft)}.gates,.plots{display:grid;gap:1rem;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}ul{margin:.3em 0;padding:0;list-style:none}
-.gate{padding:.8rem 1rem;border-radius:8px;color:#fff;background:#62676f}.gate h3{margin:0;font-size:1.4rem}
-.PASS{background:#14733a}.FAIL{background:#b3261e}.gate,.bar i{print-color-adjust:exact;
+font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h2{margin:2em 0 .6em;border-bottom:2px solid var(--rule)}
+h4{margin:0}a{color:inherit}nav a{margin-right:1em}p,figcaption{color:var(--soft)}.gates,.plots{display:grid;
+gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}ul{margin:.3em 0;padding:0;
+list-style:none}.gate{padding:.8rem 1rem;border-radius:8px;color:#fff;background:#62676f}.gate h3{margin:0;
+font-size:1.4rem}.PASS{background:#14733a}.FAIL{background:#b3261e}.gate,.bar i{print-color-adjust:exact;
 -webkit-print-color-adjust:exact}figure{margin:0;padding:.8rem;max-width:620px;background:var(--card);
 border:1px solid var(--rule);border-radius:8px}figcaption,.legend{font-size:.85rem}.legend i{display:inline-block;
 width:1.8em;margin-right:.5em;border-top:3px solid;vertical-align:middle}svg{display:block;width:100%}
@@ -294,13 +295,13 @@ svg text{fill:var(--soft);font:13px system-ui,sans-serif}path,.median{fill:none;
 .axis{stroke:var(--soft)}.s1{color:var(--1)}.s2{color:var(--2)}.s3{color:var(--3)}g path{stroke:currentColor;
 stroke-width:2}.s2 .line{stroke-dasharray:7 3}.s3 .line{stroke-dasharray:2 3}.legend .s2{border-top-style:dashed}
 .legend .s3{border-top-style:dotted}.dot,.band{fill:currentColor}.hover{fill:transparent}.band{fill-opacity:.16;
-stroke:currentColor;stroke-opacity:.3}.median{stroke:currentColor;stroke-dasharray:2 4}table{border-collapse:collapse;
-width:100%;font-size:.9rem;background:var(--card)}th,td{padding:.4rem .6rem;border:1px solid var(--rule);
-text-align:left;vertical-align:top}.texts td,pre{white-space:pre-wrap}.bar{width:45%}.bar i{display:block;
-height:1.1em;background:var(--1)}
+stroke:currentColor;stroke-opacity:.3}.median{stroke:currentColor;stroke-dasharray:2 4}
+table{border-collapse:collapse;width:100%;font-size:.9rem;background:var(--card)}th,td{padding:.4rem .6rem;
+border:1px solid var(--rule);text-align:left;vertical-align:top}.texts{table-layout:fixed}
+.texts td,pre{white-space:pre-wrap}.bar{width:45%}.bar i{display:block;height:1.1em;background:var(--1)}
 @media (max-width:680px){table:not(.times) :is(tr,td){display:block}table:not(.times) th{display:none}
 table:not(.times) tr{margin-bottom:1rem}table:not(.times) td::before{display:block;content:attr(data-label);
-font-weight:bold;color:var(--soft)}}@media print{body{max-width:none;font-size:11px}
+font-weight:bold;color:var(--soft)}}@media print{:root{font-size:11px}body{max-width:none}
 figure,tr,.gate{break-inside:avoid}}"""
 
 
@@ -314,20 +315,19 @@ def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: lis
                            for name, text in p["answers"].items()}) for p in panels or []]
     sections = {"Gates": f'<div class="gates">{"".join(map(gate, stages))}</div>', "Side by side": side_by_side(told)}
     for stage in stages:
-        sections[f"Curves of {stage.name}"] = curves(stage, (bands or {}).get(stage.kind, {}), healthy) + samples(stage)
+        sections[f"Curves: {stage.name}"] = curves(stage, (bands or {}).get(stage.kind, {}), healthy) + samples(stage)
     sections |= {"Where the time goes": costs(stages, timing or {}, memory_gb),
                  "Versions and commands": "".join(map(versions, stages)), "What the figures mean": meanings}
     sections = {name: text for name, text in sections.items() if text}
-    notes = [*(notes or []), *["Shaded behind a curve: the range of earlier seeds; dotted: their median."] * bool(bands)]
-    nav = "".join(f'<a href="#part{i}">{esc(name)}</a> ' for i, name in enumerate(sections))
-    body = "".join(f'<section id="part{i}"><h2>{esc(name)}</h2>{text}</section>'
-                   for i, (name, text) in enumerate(sections.items()))
+    notes = [*(notes or []), *["Shaded behind a curve: the range of earlier seeds; dotted: their median"] * bool(bands)]
+    nav = [*map(esc, notes), " ".join(f'<a href="#p{i}">{esc(name)}</a>' for i, name in enumerate(sections))]
+    body = "".join(f'<h2 id="p{i}">{esc(name)}</h2>{text}' for i, (name, text) in enumerate(sections.items()))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # The policy below is a second lock behind esc(): no script runs and nothing is fetched, whatever a model wrote.
     common.atomic_write(path, f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{esc(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{CSS}</style><body><h1>{esc(title)}</h1><p>{'<br>'.join(map(esc, notes))}</p><nav>{nav}</nav>{body}</body></html>\n""")
+<style>{CSS}</style><body><h1>{esc(title)}</h1><nav>{'<br>'.join(nav)}</nav>{body}</body></html>\n""")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ import common
 import lora
 import memory
 from data import batch as data_batch
-from data import formats
+from data import chat, formats
 from model import Transformer
 from sft import autocast
 
@@ -277,8 +277,7 @@ def main(cfg: Config) -> bool:
                                            checkpointing=cfg.checkpointing))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
-    if cfg.template:
-        tokenizer.chat_template = cfg.template
+    chat.use_format(tokenizer, cfg.template)
     common.seed_all(cfg.seed)                       # before the head is drawn: two runs with one seed are one run
     if not full:
         lora.apply(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, "reward")

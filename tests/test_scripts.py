@@ -1,8 +1,8 @@
 """sft.py, reward.py and ppo.py as a user runs them: subprocesses on a tiny model, asserting that they learned, that
 they go on after a stop or a kill -9 with the same bits, and that bad input is a clear error that loses nothing.
 
-The tiny world: bytes as tokens, one-letter questions, and answers that are "good" or "evil" at random. SFT learns to say
-one of the two and to stop, the reward model learns that "good" is better, and PPO learns to say it.
+The tiny world: bytes as tokens, one-letter questions, and answers that are "good" or "evil" at random. SFT learns to
+say one of the two and to stop, the reward model learns that "good" is better, and PPO learns to say it.
 """
 import json
 import os

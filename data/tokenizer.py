@@ -271,8 +271,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "encoder.json", "vocab.json"):
         if (path / name).exists():
             return from_file(path / name)
-    ggufs = sorted(path.glob("*.gguf"))
-    return from_file(ggufs[0]) if ggufs else None
+    others = [*sorted(path.glob("*.gguf")), *sorted(path.glob("*.tiktoken")), *sorted(path.glob("tok*.bin"))]
+    return from_file(others[0]) if others else None
 
 
 def from_file(path: Path) -> Tokenizer | None:
@@ -429,6 +429,8 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
     vocab: dict[str, int] = model["vocab"]
     ranks = {tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m): i for i, m in enumerate(model["merges"])}
     settings, added = read_settings(path.parent), spec.get("added_tokens") or []
+    if model.get("byte_fallback"):                        # some files list the byte tokens as special: they are text
+        added = [t for t in added if not regex.fullmatch(r"<0x[0-9A-F]{2}>", t["content"])]
     specials = {t["content"]: t["id"] for t in added}
     steps = flatten(spec.get("pre_tokenizer"), "pretokenizers")
     normalizers = flatten(spec.get("normalizer"), "normalizers")

@@ -367,7 +367,7 @@ def prompt_only(row: dict, counts: Counter) -> dict:
         prompt = [{"role": "user", "content": string(row["text"], "text")}]
     elif isinstance(row.get("chosen"), list) and not any(k in row for k in (*TALKS, *ASK, "instruction")):
         prompt = conversation(row["chosen"], "chosen", counts)
-    elif "instances" in row and isinstance(row["instances"], list) and row["instances"]:
+    elif isinstance(row.get("instances"), list) and row["instances"] and isinstance(row["instances"][0], dict):
         prompt = asked({**row, "input": row["instances"][0].get("input")}, counts)
     else:
         prompt = asked(row, counts)

@@ -111,10 +111,10 @@ def chain(tmp_path_factory) -> tuple[Page, Path]:
     (folder / "demo" / "gate.json").write_text((folder / "sft" / "gate.json").read_text("utf-8"), encoding="utf-8")
     panels = [{"prompt": HOSTILE, "answers": {"base": "b" * 5000, "sft": HOSTILE, "ppo": "Hello"},
                "gold": {"ppo": 0.5}}, {"prompt": "two", "answers": {"base": "", "ppo": "yes"}}]
-    band = {"step": [0, 3, 7], "low": [0.0, 0.1, 0.2], "median": [0.1, 0.2, 0.3], "high": [0.2, 0.4, 0.6]}
-    report.write(folder / "new" / "report.html", "A & <B>", {s: folder / s for s in (*STAGES, "demo")}, panels=panels,
-                 timing={"sft": 60.0, "ppo: train": 180.0, "odd": math.nan}, memory_gb=5.25,
-                 bands={"ppo": {"gold/score": band}}, notes=["a <note>"])
+    band = {"step": [0, 3, 7], "low": [0.0, 0.1, 0.2], "median": [0.1, 0.2, 0.3], "high": [0.2, 0.4, 1.6]}
+    runs = {**{stage: folder / stage for stage in STAGES}, "<demo>": folder / "demo"}
+    report.write(folder / "new" / "report.html", "A & <B>", runs, panels=panels, memory_gb=5.25, notes=["a <note>"],
+                 timing={"sft": 60.0, "ppo: train": 180.0, "odd": math.nan}, bands={"ppo": {"gold/score": band}})
     return Page(folder / "new" / "report.html"), folder
 
 
@@ -178,7 +178,7 @@ def test_gates_stand_first_with_advice_on_failure(chain):
     assert [a["class"] for a in page.attributes("div") if a.get("class", "").startswith("gate ")] == [
         "gate PASS", "gate FAIL", "gate PASS", "gate PASS"]
     assert shown.count("What to do: lower --lr") == 1 and shown.count("✗ FAILED: loss fell: 3.4 → 2.2") == 1
-    assert shown.index("GATE demo PASS") < shown.rindex("Side by side") < shown.rindex("Curves: sft")
+    assert shown.index("GATE <demo> PASS") < shown.rindex("Side by side") < shown.rindex("Curves: sft")
 
 
 def test_every_metric_of_the_logs_is_drawn_and_explained(chain):
@@ -189,6 +189,7 @@ def test_every_metric_of_the_logs_is_drawn_and_explained(chain):
                 continue
             assert f"{stage}-{name}" in page.ids
             drawn = any(title.startswith(f"{name} at step 7: ") for title in page.titles)
+            assert not drawn or {"href": f"#{stage}-{name}"} in [a for t, a in page.tags if t == "a"]
             assert drawn or name.endswith(("_low", "_high")), f"{name} is in no plot"     # those are an interval
     shown = "".join(page.text)
     assert "[gold 0.5]" in shown and "[gold -]" in shown and "5.2 GB" in shown and "torch: 9.9" in shown
@@ -202,25 +203,27 @@ def test_proxy_and_gold_share_a_plot_and_the_band_lies_behind_its_line(chain):
     assert polygon and line and polygon.start() < line.start() and figure.count("<polygon") == 1
     corners = [tuple(map(float, p.split(","))) for p in polygon[1].split()]
     assert len(corners) == 6 and len(line[1].split(" L")) == 7
-    # The band at its last step is 0.2 .. 0.6, the line ends at 7/9: equal scales, so heights are proportional.
+    # At the last step the band is 0.2 .. 1.6 and the line at 7/9: one scale, so heights are proportional.
     (x, high), (_, low) = corners[2], corners[3]
     end_x, end_y = map(float, line[1].split(" L")[-1].split(","))
     middle = [tuple(map(float, p.split(","))) for p in re.search(r'"median" points="([^"]+)"', figure)[1].split()]
-    unit = (low - high) / 0.4
+    unit = (low - high) / 1.4
+    assert all(report.TOP <= y <= report.H - report.BOTTOM for _, y in corners)
     assert x == end_x and (low - end_y) / unit == pytest.approx(7 / 9 - 0.2, abs=0.01)
     assert (low - middle[-1][1]) / unit == pytest.approx(0.1, abs=0.01)
     assert chain[0].source.count("<polygon") == 1                  # no other metric has a band
 
 
 def test_held_out_accuracy_has_its_interval(tmp_path):
-    rows = [{"step": s, "eval/accuracy": a, "eval/accuracy_low": a - 0.1, "eval/accuracy_high": a + 0.05,
+    rows = [{"step": s, "eval/accuracy": a, "eval/accuracy_low": a - 0.2, "eval/accuracy_high": a + 0.05,
              "eval/longer_wins": 0.5} for s, a in ((0, 0.5), (9, 0.8))]
     report.write(tmp_path / "r.html", "t", {"reward": make_run(tmp_path / "reward", "reward", rows)})
     figure = Page(tmp_path / "r.html").figure("Accuracy")
-    assert figure.count('class="interval"') == 2 and "eval/accuracy at step 9: 0.8 (95 % interval 0.7 .. 0.85)" in figure
-    up, down = map(float, re.findall(r'class="interval" d="M[\d.]+,([\d.]+) V([\d.]+)"', figure)[1])
+    assert "eval/accuracy at step 9: 0.8 (95 % interval 0.6 .. 0.85)" in figure
+    (lowest, _), (low, high) = (map(float, ends) for ends in re.findall(r'd="M[\d.]+,([\d.]+) V([\d.]+)"', figure))
     dot = float(re.findall(r'class="dot" cx="[\d.]+" cy="([\d.]+)"', figure)[1])
-    assert abs((up - dot) / (dot - down) - 2) < 0.02               # 0.1 below, 0.05 above
+    assert (low - dot) / (dot - high) == pytest.approx(4, abs=0.05)            # 0.2 below, 0.05 above
+    assert low < lowest <= report.H - report.BOTTOM                # 0.3 lies below what the axis shows anyway
     assert "accuracy_low</li>" not in figure and "eval/longer_wins" in figure
 
 
@@ -237,8 +240,8 @@ def test_a_value_that_is_no_number_leaves_a_gap(tmp_path):
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-9, 1e-9], [-3.0, -3.0], [1e12, -1e12], [5e-7, 6e-7],
                                     [None], [0.6931, 0.6931], [1.0, 1.0 + 1e-15]])
 def test_any_range_of_values_can_be_drawn(tmp_path, values):
-    rows = [{"step": i, "loss": v, "other": v} for i, v in enumerate(values)]
-    report.write(tmp_path / "r.html", "t", {"sft": make_run(tmp_path / "sft", "sft", rows)})
+    rows = [{"step": i, "loss": v, "margin": v, "other": v} for i, v in enumerate(values)]
+    report.write(tmp_path / "r.html", "t", {"reward": make_run(tmp_path / "reward", "reward", rows)})
     found = re.findall(r'cx="([^"]+)" cy="([^"]+)"', Page(tmp_path / "r.html").source)
     assert bool(found) == (values != [None])
     for x, y in found:

@@ -489,7 +489,7 @@ def main(cfg: Config) -> bool:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch,
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
                                            lora_r=cfg.lora_r, targets=cfg.lora_targets, dtype=world.dtype,
-                                           checkpointing=cfg.checkpointing, separate_models=full))
+                                           checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
     chat.use_format(tokenizer, cfg.template)
@@ -520,17 +520,17 @@ def main(cfg: Config) -> bool:
     shuffle = torch.Generator().manual_seed(cfg.seed + 2)
     run = common.Run(cfg.out_dir, "ppo", cfg, world, resume=cfg.resume)
     run.total = cfg.steps
-    step, first, invariants = 0, {}, {}
+    step, episodes, first, invariants = 0, 0, {}, {}
     trained = [(f"{role}.{n}", p) for role in ("policy", "value") for n, p in roles.trainable(role)]
 
     def state() -> dict:
-        return {"step": step, "first": first, "invariants": invariants, "batches": batches.state(),
-                "optimizer": optimizer.state_dict(), "kl_coef": controller.coef,
-                "sampler": sampler.get_state(), "shuffle": shuffle.get_state(),
+        return {"step": step, "episodes": episodes, "first": first, "invariants": invariants, "batches": batches.state(),
+                "optimizer": optimizer.state_dict(), "kl_coef": controller.coef, "shuffle": shuffle.get_state(),
                 "weights": {name: p.detach() for name, p in trained}}
 
     if cfg.resume and (saved := run.load_state()):
-        step, first, invariants, controller.coef = saved["step"], saved["first"], saved["invariants"], saved["kl_coef"]
+        step, episodes, controller.coef = saved["step"], saved["episodes"], saved["kl_coef"]
+        first, invariants = saved["first"], saved["invariants"]
         batches.load_state(saved["batches"])
         optimizer.load_state_dict(saved["optimizer"])
         sampler.set_state(saved["sampler"])
@@ -597,7 +597,7 @@ def main(cfg: Config) -> bool:
             ("val/eos_rate", r.ended.float()), ("val/response_length", r.response.float()))}
         sampler_gap = common.all_sum(float(((r.sampler_logp - r.logp).abs() * r.response).sum()))
         sampled = describe(r, tokenizer, "train")
-        step += 1
+        step, episodes = step + 1, episodes + int(n)
         run.sample(step, sampled)
         run.log(step, {**per_answer, "objective/non_score_reward": -controller.coef * per_answer["objective/kl"],
                        "kl_coef": controller.coef,
@@ -611,13 +611,13 @@ def main(cfg: Config) -> bool:
                        "val/num_eos_tokens": common.all_sum(float(r.ended.sum())),
                        "val/sampler_gap": sampler_gap / tokens,
                        "policy/grad_norm": stats["policy_norm"], "value/grad_norm": stats["value_norm"], "lr": lr,
-                       "episode": step * n,
+                       "episode": episodes,
                        "time/generate": t1 - t0, "time/score": t2 - t1, "time/train": t3 - t2,
                        "tokens_per_sec": tokens / (t3 - t0)},
                 show=("objective/scores", "objective/kl", "val/eos_rate", "tokens_per_sec"))
         controller.update(per_answer["objective/kl"], int(n))
         if step % cfg.save_every == 0 or step == cfg.steps:
-            run.save_state(step, state())
+            run.save_state(step, state(), per_rank={"sampler": sampler.get_state()})
 
     # ---- keep the result
     assert fingerprint(roles.reference) == before, "the reference's weights changed during training"

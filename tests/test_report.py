@@ -313,13 +313,15 @@ def test_command_line(tmp_path, monkeypatch):
     """Stages come from config.json, equal ones get their folder's name; times come from the logs."""
     rows = [{"step": i, "loss": 2.0, "time/train": 15.0, "seconds": 40.0 * i} for i in (1, 2)]
     runs = [make_run(tmp_path / name, "sft", rows) for name in ("a", "b")]
-    bands = {"curves": {"sft": {"loss": {"step": [1, 2], "low": [1, 1], "median": [2, 2], "high": [3, 3]}}}}
+    bands = {"curves": {"sft": {"loss": {"step": [1, 2], "low": [1, 1], "median": [2, 2], "high": [9, 9]}}}}
     (tmp_path / "bands.json").write_text(json.dumps(bands), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, runs), "--bands", str(tmp_path / "bands.json")])
     report.main()
     page = Page(tmp_path / "a" / "report.html")
     shown = "".join(page.text)
     assert all(f"GATE sft {run} PASS" in shown for run in runs) and page.source.count("<polygon") == 2
+    corners = re.findall(r'class="band" points="([^"]+)"', page.source)[0].split()
+    assert all(report.TOP <= float(p.split(",")[1]) <= report.H - report.BOTTOM for p in corners)
     assert f"sft {runs[0]}: train0:30" in shown and f"sft {runs[0]}: rest0:50" in shown and "total2:40" in shown
     monkeypatch.setattr(sys, "argv", ["report.py", str(runs[0]), "--bands", str(tmp_path / "none.json")])
     with pytest.raises(common.UserError, match="none.json"):

@@ -83,32 +83,16 @@ def prefer(model_dir: Path, out: Path, seed: int) -> dict[str, float]:
     for i, prompt in enumerate(prompts):
         group = range(i * ANSWERS, (i + 1) * ANSWERS)
         order = [group[k] for k in rank([scores[j] for j in group], dice)]
-        lines.append(
-            json.dumps(
-                {"prompt": prompt["prompt"], "answers": [texts[j] for j in order], "gold": [scores[j] for j in order]},
-                ensure_ascii=False,
-            )
-        )
+        row = {"prompt": prompt["prompt"], "answers": [texts[j] for j in order], "gold": [scores[j] for j in order]}
+        lines.append(json.dumps(row, ensure_ascii=False))
     common.atomic_write(out, "\n".join(lines) + "\n")
-    pairs = [
-        (scores[i * ANSWERS + a], scores[i * ANSWERS + b])
-        for i in range(len(prompts))
-        for a in range(ANSWERS)
-        for b in range(a)
-    ]
-    ceiling = statistics.mean(1 / (1 + math.exp(-SHARPNESS * abs(a - b))) for a, b in pairs)
-    figures = {
-        "answers": len(texts),
-        "gold_mean": statistics.mean(scores),
-        "gold_std": statistics.stdev(scores),
-        "ended": sum(ended) / len(ended),
-        "ceiling": ceiling,
-    }
-    print(
-        f"{len(lines)} prompts, {len(texts)} answers: gold {figures['gold_mean']:+.2f} +- {figures['gold_std']:.2f}, "
-        f"{figures['ended']:.0%} ended, "
-        f"the noise leaves an accuracy of at most {ceiling:.1%}. Written to {out}"
-    )
+    gaps = [abs(scores[i + a] - scores[i + b])
+            for i in range(0, len(scores), ANSWERS) for a in range(ANSWERS) for b in range(a)]
+    figures = {"answers": len(texts), "gold_mean": statistics.mean(scores), "gold_std": statistics.stdev(scores),
+               "ended": sum(ended) / len(ended),
+               "ceiling": statistics.mean(1 / (1 + math.exp(-SHARPNESS * g)) for g in gaps)}
+    print(f"{len(lines)} prompts, {len(texts)} answers: gold {figures['gold_mean']:+.2f} +- {figures['gold_std']:.2f}, "
+          f"{figures['ended']:.0%} ended, the noise leaves an accuracy of at most {figures['ceiling']:.1%}. -> {out}")
     return figures
 
 
@@ -122,14 +106,13 @@ def stage(command: list[str], out_dir: Path, seed: int, **flags) -> float:
     start = time.time()
     done = subprocess.run([sys.executable, *command], cwd=HERE)
     if not (out_dir / "gate.json").exists():
-        raise common.UserError(
-            f"{command[0]} stopped with exit code {done.returncode} before its gate; its last lines are above"
-        )
+        raise common.UserError(f"{command[0]} stopped with exit code {done.returncode} before its gate; see above")
     return time.time() - start
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): a text may hold U+2028, which JSON leaves as it is.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def last(rows: list[dict], name: str) -> float:
@@ -181,19 +164,14 @@ def peak_memory() -> float:
 def measure(out: Path, labels: dict, before: list[dict], after: list[dict]) -> dict[str, float]:
     """The figures that bands are made of."""
     log = {name: rows_of(out / name / "metrics.jsonl") for name in ("sft", "reward", "ppo")}
-    return {
-        "sft/eval_loss": last(log["sft"], "eval/loss"),
-        "sft/eos_rate": last(log["sft"], "eval/eos_rate"),
-        "reward/accuracy": last(log["reward"], "eval/accuracy"),
-        "reward/longer_wins": last(log["reward"], "eval/longer_wins"),
-        "reward/ceiling": labels["ceiling"],
-        "ppo/proxy_rise": difference(before, after, "score")[0],
-        "ppo/gold_rise": difference(before, after, "gold")[0],
-        "ppo/gold_before": statistics.mean(r["gold"] for r in before),
-        "ppo/gold_after": statistics.mean(r["gold"] for r in after),
-        "ppo/kl": last(log["ppo"], "eval/kl"),
-        "ppo/eos_rate": last(log["ppo"], "eval/eos_rate"),
-    }
+    return {"sft/eval_loss": last(log["sft"], "eval/loss"), "sft/eos_rate": last(log["sft"], "eval/eos_rate"),
+            "reward/accuracy": last(log["reward"], "eval/accuracy"), "reward/ceiling": labels["ceiling"],
+            "reward/longer_wins": last(log["reward"], "eval/longer_wins"),
+            "ppo/proxy_rise": difference(before, after, "score")[0],
+            "ppo/gold_rise": difference(before, after, "gold")[0],
+            "ppo/gold_before": statistics.mean(r["gold"] for r in before),
+            "ppo/gold_after": statistics.mean(r["gold"] for r in after),
+            "ppo/kl": last(log["ppo"], "eval/kl"), "ppo/eos_rate": last(log["ppo"], "eval/eos_rate")}
 
 
 GATED = ("sft/eval_loss", "reward/accuracy", "ppo/proxy_rise", "ppo/gold_rise", "ppo/kl")     # these have bands
@@ -202,36 +180,17 @@ GATED = ("sft/eval_loss", "reward/accuracy", "ppo/proxy_rise", "ppo/gold_rise", 
 def gate(out: Path, figures: dict, before: list[dict], after: list[dict], bands: dict) -> bool:
     """What no stage can say by itself: did the judge's opinion rise with the learned reward, as it usually does?"""
     (proxy, proxy_error), (rise, error) = (difference(before, after, name) for name in ("score", "gold"))
-    inside = [
-        (
-            f"{name} in its band",
-            bands[name][0] <= figures[name] <= bands[name][1],
-            f"{figures[name]:.3f} in [{bands[name][0]:.3f}, {bands[name][1]:.3f}]",
-        )
-        for name in GATED
-        if name in bands
-    ]
-    return common.gate(
-        "demo",
-        [
-            (
-                "learned reward rose",
-                proxy > max(0.3, 2 * proxy_error),
-                f"{proxy:+.2f} +- {proxy_error:.2f} on {len(before)} held-out prompts",
-            ),
-            (
-                "gold reward rose",
-                rise > max(0.1, 2 * error),
-                f"{rise:+.2f} +- {error:.2f}: {figures['ppo/gold_before']:+.2f} -> {figures['ppo/gold_after']:+.2f}",
-            ),
-            ("end tokens kept", figures["ppo/eos_rate"] >= 0.95, f"{figures['ppo/eos_rate']:.0%}"),
-            *inside,
-        ],
-        advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is "
-               "too "
-        "little training; a figure outside its band: compare the curves with the bands behind them",
-        run_dir=out,
-    )
+    inside = [(f"{name} in its band", bands[name][0] <= figures[name] <= bands[name][1],
+               f"{figures[name]:.3f} in [{bands[name][0]:.3f}, {bands[name][1]:.3f}]")
+               for name in GATED if name in bands]
+    return common.gate("demo", [
+        ("learned reward rose", proxy > max(0.3, 2 * proxy_error),
+         f"{proxy:+.2f} +- {proxy_error:.2f} on {len(before)} held-out prompts"),
+        ("gold reward rose", rise > max(0.1, 2 * error),
+         f"{rise:+.2f} +- {error:.2f}: {figures['ppo/gold_before']:+.2f} -> {figures['ppo/gold_after']:+.2f}"),
+        ("end tokens kept", figures["ppo/eos_rate"] >= 0.95, f"{figures['ppo/eos_rate']:.0%}"), *inside],
+        advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is too "
+               "little training; a figure outside its band: compare the curves with the bands behind them", run_dir=out)
 
 
 def spread(values: list[float]) -> list[float]:
@@ -256,13 +215,14 @@ class Config:
 def run(seed: int, out: Path) -> tuple[bool, dict]:
     """All stages with one seed -> every gate passed, the record of the run."""
     out.mkdir(parents=True, exist_ok=True)
+    model = {name: out / name / "model" for name in ("sft", "reward", "ppo")}
     seconds: dict[str, float] = {"sft": stage(SFT, out / "sft", seed)}
     start = time.time()
     print("\n# preferences: four sampled answers per prompt, ranked by the gold judge with noise", flush=True)
-    labels = prefer(out / "sft" / "model", out / "preferences.jsonl", seed)
+    labels = prefer(model["sft"], out / "preferences.jsonl", seed)
     seconds["preferences"] = time.time() - start
-    seconds["reward"] = stage(REWARD, out / "reward", seed, init=out / "sft" / "model", data=out / "preferences.jsonl")
-    seconds["ppo"] = stage(PPO, out / "ppo", seed, init=out / "sft" / "model", reward=out / "reward" / "model")
+    seconds["reward"] = stage(REWARD, out / "reward", seed, init=model["sft"], data=out / "preferences.jsonl")
+    seconds["ppo"] = stage(PPO, out / "ppo", seed, init=model["sft"], reward=model["reward"])
 
     # ---- the question that the learned reward cannot answer
     start = time.time()
@@ -270,77 +230,52 @@ def run(seed: int, out: Path) -> tuple[bool, dict]:
     figures = measure(out, labels, before, after)
     expected = json.loads(BANDS.read_text(encoding="utf-8")) if BANDS.exists() else {"bands": {}, "curves": None}
     print()
-    demo_ok = gate(out, figures, before, after, expected["bands"])
-    gates = {
-        name: json.loads((out / name / "gate.json").read_text(encoding="utf-8"))["passed"]
-        for name in ("sft", "reward", "ppo")
-    }
-    prompts = [row["prompt"] for row in rows_of(DATA / "panel.jsonl")]
-    models = {"base": "smollm2-135m", "sft": str(out / "sft" / "model"), "ppo": str(out / "ppo" / "model")}
-    answers = {name: answers_of(where, prompts, seed) for name, where in models.items()}
-    judged = {name: gold(texts) for name, texts in answers.items()}
-    for i, prompt in enumerate(prompts):
-        print(
-            "\n> "
-            + prompt
-            + "".join(f"\n  {name:>4} {judged[name][i]:+.2f}  {' '.join(answers[name][i].split())}" for name in models)
-        )
+    gates = {name: json.loads((out / name / "gate.json").read_text(encoding="utf-8"))["passed"] for name in model}
+    gates["demo"] = gate(out, figures, before, after, expected["bands"])
 
-    # ---- report
+    # ---- the same prompts answered by all three, and the report
+    panels = side_by_side({"base": "smollm2-135m", "sft": str(model["sft"]), "ppo": str(model["ppo"])}, seed)
     seconds["answers"] = time.time() - start
-    update = rows_of(out / "ppo" / "metrics.jsonl")
-    seconds |= {
-        f"ppo: {what}": sum(row.get(f"time/{what}", 0.0) for row in update) for what in ("generate", "score", "train")
-    }
-    seconds["ppo: rest"] = seconds.pop("ppo") - sum(seconds[f"ppo: {what}"] for what in ("generate", "score", "train"))
-    total, memory = sum(seconds.values()), peak_memory()
-    record = {
-        "seed": seed,
-        "passed": demo_ok and all(gates.values()),
-        "gates": {**gates, "demo": demo_ok},
-        "figures": figures,
-        "labels": labels,
-        "seconds": seconds,
-        "peak_gb": memory,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    report.write(
-        out / "report.html",
-        f"ChatPiXiu demo, seed {seed}",
-        {name: out / name for name in ("sft", "reward", "ppo")} | {"demo": out},
-        panels=[
-            {
-                "prompt": prompt,
-                "answers": {name: answers[name][i] for name in models},
-                "gold": {name: judged[name][i] for name in models},
-            }
-            for i, prompt in enumerate(prompts)
-        ],
-        timing=seconds,
-        memory_gb=memory,
-        bands=expected["curves"],
-    )
+    split_ppo(seconds, rows_of(out / "ppo" / "metrics.jsonl"))
+    record = {"seed": seed, "passed": all(gates.values()), "gates": gates, "figures": figures, "labels": labels,
+              "seconds": seconds, "peak_gb": peak_memory(), "threads": torch.get_num_threads(),
+              "torch": torch.__version__}
+    runs = {name: out / name for name in model} | {"demo": out}
+    report.write(out / "report.html", f"ChatPiXiu demo, seed {seed}", runs, panels, seconds, record["peak_gb"],
+                 expected["curves"])
     common.atomic_write(out / "demo.json", json.dumps(record, indent=1))
     print("\ntime: " + ", ".join(f"{name} {common.duration(s)}" for name, s in seconds.items()) +
-          f"; total {common.duration(total)}; peak memory {memory:.1f} GB")
-    print(f"report: {out / 'report.html'}\ntalk to it: python chat.py {out / 'ppo' / 'model'}   or side by side: "
-          f"python chat.py --compare smollm2-135m {out / 'sft' / 'model'} {out / 'ppo' / 'model'}")
+          f"; total {common.duration(sum(seconds.values()))}; peak memory {record['peak_gb']:.1f} GB")
+    print(f"report: {out / 'report.html'}\ntalk to it: python chat.py {model['ppo']}   or side by side: "
+          f"python chat.py --compare smollm2-135m {model['sft']} {model['ppo']}")
     return record["passed"], record
 
 
-CURVES = {
-    "sft": ("loss", "eval/loss"),
-    "reward": ("loss", "eval/accuracy"),
-    "ppo": (
-        "objective/scores",
-        "gold/score",
-        "objective/kl",
-        "val/eos_rate",
-        "val/response_length",
-        "objective/entropy",
-    ),
-}
+def side_by_side(models: dict[str, str], seed: int) -> list[dict]:
+    """The panel's prompts answered by every model, printed, with the gold judge's opinion of each answer."""
+    prompts = [row["prompt"] for row in rows_of(DATA / "panel.jsonl")]
+    answers = {name: answers_of(where, prompts, seed) for name, where in models.items()}
+    judged = {name: gold(texts) for name, texts in answers.items()}
+    for i, prompt in enumerate(prompts):
+        print(f"\n> {prompt}")
+        for name in models:
+            print(f"  {name:>4} {judged[name][i]:+.2f}  {' '.join(answers[name][i].split())}")
+    return [{"prompt": prompt, "answers": {name: answers[name][i] for name in models},
+             "gold": {name: judged[name][i] for name in models}} for i, prompt in enumerate(prompts)]
+
+
+def split_ppo(seconds: dict[str, float], updates: list[dict]) -> None:
+    """Where PPO's time went: sampling, scoring, training, and the rest (loading, held-out answers, saving)."""
+    rest = seconds.pop("ppo")
+    for what in ("generate", "score", "train"):
+        seconds[f"ppo: {what}"] = sum(row.get(f"time/{what}", 0.0) for row in updates)
+        rest -= seconds[f"ppo: {what}"]
+    seconds["ppo: rest"] = rest
+
+
+CURVES = {"sft": ("loss", "eval/loss"), "reward": ("loss", "eval/accuracy"),
+          "ppo": ("objective/scores", "gold/score", "objective/kl", "val/eos_rate", "val/response_length",
+                  "objective/entropy")}
 
 
 def curves(folders: list[Path]) -> dict:
@@ -356,11 +291,8 @@ def curves(folders: list[Path]) -> dict:
             steps = sorted(set.intersection(*[set(s) for s in series]))
             values = [[s[step] for s in series] for step in steps]
             found.setdefault(name, {})[metric] = {
-                "step": steps,
-                "low": [min(v) for v in values],
-                "high": [max(v) for v in values],
-                "median": [statistics.median(v) for v in values],
-            }
+                "step": steps, "low": [min(v) for v in values], "high": [max(v) for v in values],
+                "median": [statistics.median(v) for v in values]}
     return found
 
 
@@ -372,20 +304,12 @@ def make_bands(cfg: Config) -> bool:
             run(seed, folder)
     records = [json.loads((folder / "demo.json").read_text(encoding="utf-8")) for folder in folders]
     figures = {name: [r["figures"][name] for r in records] for name in records[0]["figures"]}
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "threads": records[0]["threads"],
-        "torch": records[0]["torch"],
-        "seeds": list(cfg.seeds),
-        "bands": {k: spread(v) for k, v in figures.items()},
-        "figures": figures,
-        "gates": [r["gates"] for r in records],
-        "seconds": [sum(r["seconds"].values()) for r in records],
-        "peak_gb": [r["peak_gb"] for r in records],
-        "curves": curves(folders),
-    }
+    result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
+              "machine": platform.machine(),
+              "threads": records[0]["threads"], "torch": records[0]["torch"], "seeds": list(cfg.seeds),
+              "bands": {k: spread(v) for k, v in figures.items()}, "figures": figures,
+              "gates": [r["gates"] for r in records], "seconds": [sum(r["seconds"].values()) for r in records],
+              "peak_gb": [r["peak_gb"] for r in records], "curves": curves(folders)}
     BANDS.parent.mkdir(parents=True, exist_ok=True)
     common.atomic_write(BANDS, json.dumps(result, indent=1) + "\n")
     for name, values in figures.items():

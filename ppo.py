@@ -524,7 +524,8 @@ def main(cfg: Config) -> bool:
     trained = [(f"{role}.{n}", p) for role in ("policy", "value") for n, p in roles.trainable(role)]
 
     def state() -> dict:
-        return {"step": step, "episodes": episodes, "first": first, "invariants": invariants, "batches": batches.state(),
+        return {"step": step, "episodes": episodes, "first": first, "invariants": invariants,
+                "batches": batches.state(),
                 "optimizer": optimizer.state_dict(), "kl_coef": controller.coef, "shuffle": shuffle.get_state(),
                 "weights": {name: p.detach() for name, p in trained}}
 

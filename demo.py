@@ -189,8 +189,9 @@ def gate(out: Path, figures: dict, before: list[dict], after: list[dict], bands:
         ("gold reward rose", rise > max(0.1, 2 * error),
          f"{rise:+.2f} +- {error:.2f}: {figures['ppo/gold_before']:+.2f} -> {figures['ppo/gold_after']:+.2f}"),
         ("end tokens kept", figures["ppo/eos_rate"] >= 0.95, f"{figures['ppo/eos_rate']:.0%}"), *inside],
-        advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is too "
-               "little training; a figure outside its band: compare the curves with the bands behind them", run_dir=out)
+        advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is "
+               "too little training; a figure outside its band: compare the curves with the bands behind them",
+        run_dir=out)
 
 
 def spread(values: list[float]) -> list[float]:

@@ -15,6 +15,7 @@ Out comes a run folder: model/ (a directory that other tools load, the adapter m
 metrics.jsonl, samples.jsonl, gate.json, state/ (for --resume).
 """
 import contextlib
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +179,8 @@ def prepare(cfg: Config, tokenizer) -> tuple[list[dict], list[dict], list[dict]]
     share = sum(sum(s["mask"]) for s in samples) / max(1, sum(len(s["ids"]) for s in samples))
     if not 0 < share <= 1:
         raise common.UserError(f"{cfg.data}: {share:.0%} of the tokens are supervised, there is nothing to learn from")
-    print(f"supervised: {share:.0%} of the tokens. One sample, supervised tokens "
-          f"marked:\n{data_batch.show(tokenizer, samples[0]['ids'], samples[0]['mask'])}")
+    sample = data_batch.show(tokenizer, samples[0]["ids"], samples[0]["mask"], colour=sys.stdout.isatty())
+    print(f"supervised: {share:.0%} of the tokens. One sample, supervised tokens marked:\n{sample}")
     packed = data_batch.pack(samples, cfg.max_len) if cfg.packing else samples
     return packed, data_batch.encode_sft(held, tokenizer, cfg.max_len), [row for row in held if "messages" in row]
 

@@ -112,7 +112,8 @@ class ByteBPE:
             if known is None:
                 chars = "".join(BYTE_TO_CHAR[b] for b in word.encode("utf-8"))
                 parts = [chars] if self.ignore_merges and chars in self.vocab else merge_pairs(list(chars), self.rank)
-                known = self.cache[word] = [self.vocab[p] for p in parts]
+                # Some vocabularies lack bytes that text hardly has (control characters): their tokenizers skip them.
+                known = self.cache[word] = [self.vocab[p] for p in parts if p in self.vocab]
                 if len(self.cache) > 100_000:
                     self.cache.clear()
             ids += known

@@ -186,6 +186,7 @@ def test_smollm2_in_its_gguf_file(tmp_path):
     theirs, again = AutoTokenizer.from_pretrained(tmp_path), tk.load_tokenizer(tmp_path)
     check(ours, lambda text: theirs.encode(text, add_special_tokens=False), [t for t in TEXTS if "<" not in t])
     check(ours, again.encode)
+    assert ours.encode("a\x04b") == theirs.encode("a\x04b", add_special_tokens=False)    # it has no token for this byte
     assert again.eos_ids == ours.eos_ids and again.pad_id == ours.pad_id
     assert theirs.eos_token_id == 2 and ours.encode("<|im_start|>user", special=True)[0] == 1
 

@@ -51,8 +51,8 @@ SFT = """sft.py --init smollm2-135m --template chatml --data data/demo/sft.jsonl
 REWARD = """reward.py --epochs 1 --batch_size 8 --micro_batch 8 --lr 3e-4 --max_len 128
     --valid_share 0.15 --eval_every 22""".split()
 PPO = f"""ppo.py --data data/demo/prompts.jsonl --valid data/demo/prompts_heldout.jsonl --eval_prompts 96
-    --steps 12 --batch_size 64 --micro_batch 16 --ppo_epochs 2 --response_len {ANSWER_LEN} --temperature {TEMPERATURE}
-    --lr 4e-4 --value_lr 4e-4 --kl_coef 0.03""".split()
+    --steps 12 --batch_size 64 --micro_batch 16 --ppo_epochs 2 --response_len 48 --temperature {TEMPERATURE}
+    --lr 4e-4 --value_lr 4e-4 --kl_coef 0.05""".split()
 
 
 # ---------------------------------------------------------------- the gold judge

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from common import UserError
 
+LARGEST = 10**9                            # weights of which `packed` makes a copy
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -47,6 +48,7 @@ class LoRALinear(nn.Linear):
         self.merged: str | None = None                               # the adapter that `weight` contains just now
         # And the weight without it, to restore it exactly; in a tuple, or it would be a parameter of the model.
         self.original: tuple[nn.Parameter] | None = None
+        self.packed: tuple | None = None                             # see `packed` below
 
     def add(self, name: str, r: int, scale: float) -> None:
         device = self.weight.device
@@ -60,6 +62,11 @@ class LoRALinear(nn.Linear):
         return self.scale[name] * (self.lora_B[name].float() @ self.lora_A[name].float())      # (out, in)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            both, bias, B, scale = self.packed                        # (out + r, in), (out + r), (r, out)
+            y = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), both, bias, "none", [], "")
+            y, h = y.split((self.out_features, B.shape[0]), dim=-1)
+            return torch.addmm(y, h, B, alpha=scale).view(*x.shape[:-1], self.out_features)
         y = F.linear(x, self.weight, self.bias)
         name = self.switch.active
         if self.merged is not None and name != self.merged:
@@ -185,6 +192,29 @@ def merged(model: nn.Module, name: str):
             yield model
     finally:
         unmerge(model)
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module, name: str | None):
+    """`use` for sampling on a CPU in bf16, the same bits a fifth faster: W and A become one matrix, laid out once as
+    the matrix units read it: x W^T and x A^T are one product. Costs a copy of the weights while the block lasts."""
+    mine = [m for _, m in layers(model, name)] if name else []
+    fits = torch.backends.mkldnn.is_available() and 0 < sum(m.weight.numel() for m in mine) <= LARGEST
+    with use(model, name):
+        if not fits or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.bfloat16 for m in mine):
+            yield model
+            return
+        try:
+            with torch.no_grad():
+                for m in mine:
+                    A, B = m.lora_A[name].bfloat16(), m.lora_B[name].bfloat16()
+                    both = torch.ops.mkldnn._reorder_linear_weight(torch.cat((m.weight, A)), 32)
+                    bias = None if m.bias is None else F.pad(m.bias, (0, A.shape[0]))
+                    m.packed = (both, bias, B.t().contiguous(), m.scale[name])
+            yield model
+        finally:
+            for m in mine:
+                m.packed = None
 
 
 def strip(model: nn.Module) -> None:

@@ -412,13 +412,11 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int 
     distribution: a row's draw depends on its own noise only, so it gives the same text whoever else is in the batch.
     noise None = greedy."""
     logits = logits.float()
-    if not bool(torch.isfinite(logits.sum())):
-        bad = (~torch.isfinite(logits)).any(-1).nonzero().flatten().tolist()
-        raise FloatingPointError(f"logits of rows {bad} are not finite: the weights or the last update are broken")
     if noise is None:
         best = logits.max(-1)
+        check_finite(best.values)
         return best.indices, best.values - logits.logsumexp(-1)
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature
     if top_k and top_k < logits.shape[-1]:             # 0, like None: all tokens
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probs = logits.softmax(-1)
@@ -427,9 +425,33 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int 
         drop = sorted_probs.cumsum(-1) - sorted_probs >= top_p                 # the token that crosses top_p stays
         drop[:, 0] = False                                                     # and the best one always, also with 0.0
         probs = probs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
-    total = probs.cumsum(-1)                                                   # (B, V)
-    new = torch.searchsorted(total, noise[:, None] * total[:, -1:], right=True)        # first index with total > noise
-    # Where the sum is complete: rounding may not carry the draw to an impossible token behind it.
-    last = (total < total[:, -1:]).sum(-1, keepdim=True)
-    new = torch.minimum(new, last)
-    return new[:, 0], (probs.gather(1, new) / total[:, -1:]).log()[:, 0]
+    # In two steps, a block of tokens and a token of the block: a running sum over 50,000 tokens would take a tenth of
+    # the whole time of sampling.
+    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
+    block, rest, total = pick(blocks.sum(-1), noise)
+    check_finite(total)
+    inside = blocks[torch.arange(len(probs), device=probs.device), block]      # (B, BLOCK)
+    new = block * BLOCK + pick(inside, rest / inside.sum(-1))[0]
+    return new, (probs.gather(1, new[:, None])[:, 0] / total).log()
+
+
+BLOCK = 256
+
+
+def pick(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, n) weights >= 0, (B,) noise in [0, 1) -> the item that noise * sum falls on, how far into it, and the sum."""
+    heights = weights.cumsum(-1)                                               # (B, n)
+    total = heights[:, -1]
+    target = noise[:, None] * total[:, None]
+    new = torch.searchsorted(heights, target, right=True)                      # first index with height > target
+    # Where the sum is complete: rounding may not carry the draw to an impossible item behind it.
+    new = torch.minimum(new, (heights < total[:, None]).sum(-1, keepdim=True))
+    before = heights.gather(1, new) - weights.gather(1, new)
+    return new[:, 0], (target - before).clamp(min=0)[:, 0], total
+
+
+def check_finite(x: Tensor) -> None:
+    """(B,) one number per row that is not finite where the row's logits are not."""
+    if not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x)).nonzero().flatten().tolist()
+        raise FloatingPointError(f"logits of rows {bad} are not finite: the weights or the last update are broken")

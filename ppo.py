@@ -326,7 +326,7 @@ def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, gene
     kept as they are; decoding and encoding them again would not give the same tokens back."""
     device = roles.policy.norm.weight.device
     ids, mask = (x.to(device) for x in data_batch.pad(prompts, tokenizer.pad_id, side="left"))
-    how = lora.merged if roles.adapter and cfg.merge else lora.use
+    how = lora.merged if roles.adapter and cfg.merge else lora.packed
     sampler: list[Tensor] = []
     with how(roles.policy, roles.adapter):
         new = roles.policy.generate(ids, cfg.response_len, mask, cfg.temperature, eos_ids=tokenizer.eos_ids,

@@ -542,3 +542,45 @@ def test_a_reward_head_travels_both_ways(tmp_path):
     assert torch.equal(lora.load(back, tmp_path / "theirs", "value"), head)
     with lora.use(back, "value"):
         assert_close(F.linear(back.hidden(IDS)[:, -1], head), expected)
+
+
+# ---------------------------------------------------------------- packed for sampling
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 5)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_gives_the_bits_of_use(shape, bias):
+    """W and A as one product, for one token and for several, with and without biases."""
+    model = tiny_model(qkv_bias=bias, out_bias=bias, mlp_bias=bias).bfloat16()
+    lora.apply(model, 4, 8.0, name="a")
+    for i, (_, p) in enumerate(lora.parameters(model, "a")):
+        torch.nn.init.normal_(p.data, std=0.2, generator=torch.Generator().manual_seed(i))
+    ids = random_ids(*shape)
+    with torch.no_grad(), lora.use(model, "a"):
+        expected = model(ids)
+        text = model.generate(ids, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), lora.packed(model, "a"):
+        assert any(m.packed for _, m in lora.layers(model)), "nothing was packed: this machine has no mkldnn"
+        assert torch.equal(model(ids), expected)
+        assert torch.equal(model.generate(ids, 6, generator=torch.Generator().manual_seed(1)), text)
+    assert not any(m.packed for _, m in lora.layers(model))
+    with torch.no_grad(), lora.use(model, "a"):
+        assert torch.equal(model(ids), expected)
+
+
+def test_packed_falls_back_to_use_where_it_cannot_pack(monkeypatch):
+    model = tiny_model()
+    lora.apply(model, 4, 8.0, name="a")
+    for how in ("fp32", "none", "too big"):
+        if how == "too big":
+            model.bfloat16()
+            monkeypatch.setattr(lora, "LARGEST", 10)
+        with lora.packed(model, None if how == "none" else "a"):
+            assert not any(m.packed for _, m in lora.layers(model))
+
+
+def test_packed_is_undone_after_an_error():
+    model = tiny_model().bfloat16()
+    lora.apply(model, 4, 8.0, name="a")
+    with pytest.raises(KeyError), lora.packed(model, "a"):
+        raise KeyError
+    assert not any(m.packed for _, m in lora.layers(model))

@@ -639,7 +639,7 @@ def test_a_large_vocabulary_ends_inside():
     assert all(127000 < int(token) < 128000 for token in drawn[2:])
 
 
-@pytest.mark.parametrize("value", [math.nan, INF, -INF])
+@pytest.mark.parametrize("value", [math.nan, INF])
 @pytest.mark.parametrize("noise", [None, torch.tensor([0.3, 0.3, 0.3])])
 def test_logits_that_are_not_finite_stop_and_name_the_row(value, noise):
     logits = torch.randn(3, 7)

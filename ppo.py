@@ -45,7 +45,7 @@ from sft import autocast
 @dataclass
 class Config:
     # --- models and data ---
-    init: str = "out/sft/model"        # the policy starts here and the reference stays here: the SFT model
+    init: str = "smollm2-135m"         # the policy starts here and the reference stays here: --init out/sft/model
     reward: str = "out/reward/model"   # the reward model, trained with reward.py --init of the same SFT model
     data: str = "data/demo/prompts.jsonl"   # prompts; answers in the file are ignored
     valid: str = ""                    # held-out prompts; empty: the last eval_prompts of data are held out
@@ -244,7 +244,7 @@ def one_base(cfg: Config, model: Transformer, world: common.World) -> Roles:
     """Policy, value and reward as adapters on one frozen base. The value starts as a copy of the reward model, the
     policy with B = 0: at the first step it is the reference bit for bit, and V at the end token is the score."""
     path = Path(cfg.reward)
-    shared = (path / "adapter_config.json").exists()
+    shared = reward_stage.same_base(path, cfg.init)
     reward = reward_stage.load(path, base=model if shared else None, device=world.device, dtype=world.dtype)
     common.seed_all(cfg.seed)
     lora.apply(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, "policy")

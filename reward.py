@@ -224,10 +224,30 @@ def save(reward: RewardModel, tokenizer, out_dir: Path, base: str) -> None:
                                    indent=2))
 
 
+def same_base(directory: Path, init: str) -> bool:
+    """Whether the reward model is an adapter on the very model that `init` names: then both can share it."""
+    if not (directory / "adapter_config.json").exists():
+        return False
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    trained_on = config["base_model_name_or_path"]
+    try:
+        theirs = checkpoints.resolve(trained_on).resolve()
+    except common.UserError:                                  # moved or not named: the policy's base is the only one
+        return True
+    if theirs == checkpoints.resolve(init).resolve():
+        return True
+    print(f"{directory} is an adapter on {trained_on}, the policy starts at {init}: the reward model keeps a base of "
+          "its own (more memory), and the value starts from nothing")
+    return False
+
+
 def load(directory: str | Path, base: Transformer | None = None, name: str = "reward", device="cpu",
          dtype=torch.float32) -> RewardModel:
     """Reads what `save` wrote (or any classifier with one label). With `base` an adapter goes onto that model."""
     directory = Path(directory)
+    if not directory.exists():
+        raise common.UserError(f"no reward model in {directory}: train one with python reward.py, then pass its model "
+                               "folder with --reward")
     is_adapter = (directory / "adapter_config.json").exists()
     if is_adapter:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))

@@ -167,7 +167,7 @@ def test_full_parameter_ppo_with_separate_models_runs_and_learns(trained, place)
 
 
 def test_a_reward_model_of_another_base_keeps_its_own(trained, place):
-    """Put on the policy's base, its adapter would judge with weights it was not trained with, and nobody would notice."""
+    """On the policy's base its adapter would judge with weights it was not trained with, and nobody would notice."""
     run("reward.py", "--init", place / "base", "--data", place / "pairs.jsonl", "--out_dir", place / "reward_other",
         "--steps", 2, *REWARD, code=AnyCode())
     out = run("ppo.py", "--init", place / "sft/model", "--reward", place / "reward_other/model", "--data",

@@ -1,15 +1,15 @@
 """Conversations to (ids, mask) in one pass: mask 1 = what the assistant said, and the end token with which it stopped.
 
-A format is a list of pieces (text, supervised), and ids are built piece by piece: each piece is encoded once and brings
-its mask with it. Nothing is tokenised twice and nothing is found by subtracting lengths, so the ids of a prompt are
-always a prefix of the ids of prompt + answer, whatever a tokenizer would merge across the border.
+A format is a list of pieces (text, kind). Neighbours of one mask are encoded together, as the model was trained; where
+the mask changes from prompt to answer there is a cut that nothing merges across. Nothing is tokenised twice and nothing
+is found by subtracting lengths, so the ids of a prompt are always a prefix of the ids of prompt + answer.
 
     chatml   <|im_start|>user\\n Hi <|im_end|>\\n <|im_start|>assistant\\n Hello <|im_end|> \\n
     mask                    0     0      0                   0              1       1      0
 
 Pieces of the format may name special tokens; what people wrote may not: "<|im_end|>" typed by a user is encoded as
-plain text. A Jinja template (of tokenizer_config.json or a GGUF file) is rendered with markers in place of the
-contents, split at the markers, and then treated like any other list of pieces.
+plain text. A Jinja template (of tokenizer_config.json or a GGUF file) is rendered with marks in place of the words,
+split at the marks, and then treated like any other list of pieces.
 """
 import datetime
 import functools
@@ -22,10 +22,10 @@ ALPACA = "Below is an instruction that describes a task. Write a response that a
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
-# A piece is (text, kind): F = text of the format (may name special tokens), U = somebody's words, A = the assistant's
-# words
-# (supervised), E = the end of its turn (supervised, may name a special token; "" = the tokenizer's own end token).
-F, U, A, E = "format", "user", "answer", "end"
+# A piece is (text, kind). F = text of the format (may name special tokens), U = somebody's words. Supervised are A = an
+# answer, S = what a template says in its name (may name special tokens), E = the end of its turn (a special token;
+# "" = the tokenizer's own end token).
+F, U, A, S, E = "format", "user", "answer", "said", "end"
 
 
 # ---------------------------------------------------------------- built-in formats
@@ -123,26 +123,26 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
 
 
 def encode_pieces(tokenizer, pieces: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """Neighbouring pieces of one kind are encoded together; exactly one BOS, if the tokenizer uses one."""
-    joined: list[list[str]] = []
+    """Text runs until the next special token or until supervision changes, as in the model's own training; each run is
+    encoded once. Exactly one BOS, if the tokenizer uses one."""
+    runs: list[list] = []                                 # [text or id, mask]
     for text, kind in pieces:
-        if joined and joined[-1][1] == kind and kind != E:
-            joined[-1][0] += text
-        elif text or kind == E:
-            joined.append([text, kind])
-    ids: list[int] = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    mask = [0] * len(ids)
-    for text, kind in joined:
-        if kind == E:
-            new = end_ids(tokenizer, text)
-        else:
-            start = not ids or (ids == [tokenizer.bos_id]) or (tokenizer.space_after
-                                                               and ids[-1] in tokenizer.special_ids)
-            new = tokenizer.encode(text, special=kind == F, start=start)
-            if kind == F and ids and new and new[0] == tokenizer.bos_id == ids[0] and len(ids) == 1:
-                new = new[1:]                             # the template writes the BOS itself: one is enough
+        supervised = int(kind in (A, E, S))
+        for part in end_ids(tokenizer, text) if kind == E else tokenizer.split(text, special=kind in (F, S)):
+            if isinstance(part, str) and runs and isinstance(runs[-1][0], str) and runs[-1][1] == supervised:
+                runs[-1][0] += part
+            else:
+                runs.append([part, supervised])
+    ids: list[int] = []
+    mask: list[int] = []
+    start = True                                          # whether the tokenizer may put its space in front
+    for part, supervised in runs:
+        new = [part] if isinstance(part, int) else tokenizer.encode(part, start=start)
         ids += new
-        mask += [int(kind in (A, E))] * len(new)
+        mask += [supervised] * len(new)
+        start = tokenizer.space_after and isinstance(part, int)
+    if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+        ids, mask = [tokenizer.bos_id, *ids], [0, *mask]
     return ids, mask
 
 
@@ -178,61 +178,84 @@ def check(messages: list[dict]) -> None:
 
 # ---------------------------------------------------------------- Jinja
 
-BLANK = "\x1f"                             # counts as a space for `trim`, and nobody writes it
+MARK = "\ue000{}\ue001"                   # stands for the words of message {}; letters, so that templates see words
+
 
 def jinja_pieces(tokenizer, template: str, messages: list[dict], prompt: bool) -> list[tuple[str, str]]:
-    """Renders the template with a marker for each content and splits the text there. The markers are letters between
-    two private characters, so that a template that tests its contents treats them as it would treat words; the blanks
-    around them tell whether the template trims."""
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    rows = [{**m, "content": f"{BLANK}{mark}{BLANK}"} for m, mark in zip(messages, marks)]
-    text = render_template(tokenizer, template, rows, prompt)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if any(text.count(marks[i]) != 1 for i in answers):
-        raise UserError("the chat template does not print every answer exactly once, so it is unclear what to "
-                        "supervise: "
-                        f"pass --template with one of {', '.join(FORMATS)}")
-    bos = tokenizer.token_of.get(tokenizer.bos_id, "\0")
-    pieces: list[tuple[str, str]] = []
-    if text.startswith(bos):
-        text = text[len(bos):]
-        pieces = [] if tokenizer.add_bos else [(bos, F)]
-    for part in re.split(f"({BLANK}?\ue000\\d+\ue001{BLANK}?)", text):
-        if (mark := part.strip()) not in marks:
-            pieces.append((part, F))
-            continue
-        m = messages[marks.index(mark)]
-        content = m["content"] if part.startswith(BLANK) else m["content"].lstrip()
-        content = content if part.endswith(BLANK) else content.rstrip()
-        if m["role"] == "assistant" and pieces[-1][1] == F:
-            # Where the prompt ends is what the template says without the answer: a space behind it belongs to the
-            # answer.
-            opening = render_template(tokenizer, template, rows[:marks.index(mark)], True).split("\ue001" + BLANK)[-1]
-            opening = opening.split("\ue001")[-1]
-            before = pieces[-1][0]
-            if before.startswith(opening) and before[len(opening):].isspace():
-                pieces[-1], content = (opening, F), before[len(opening):] + content
-        pieces.append((content, A if m["role"] == "assistant" else U))
-    return split_ends(tokenizer, pieces)
+    """Renders the template twice. With marks in place of the words it tells where they stand; with the words, what it
+    makes of them (some trim). What is written before an answer is cut where the prompt ends."""
+    names = special_names(tokenizer)
 
+    def show(rows: list[dict], opened: bool) -> str:
+        return render_template(template, names, rows, opened) + (unasked_opening(template, names) if opened else "")
 
-def split_ends(tokenizer, pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Behind each answer the template's text begins with the end token: that one is supervised, what follows is not."""
-    out: list[tuple[str, str]] = []
-    for i, (text, kind) in enumerate(pieces):
-        if kind == F and i and pieces[i - 1][1] == A:
-            blank = len(text) - len(text.lstrip())
-            end = next((s for s in sorted(tokenizer.specials, key=len, reverse=True) if text[blank:].startswith(s)),
-                       None)
-            if end is None:
-                raise UserError(f"the chat template prints {text[:20]!r} behind an answer, no special token: the model "
-                                "could not learn to stop. Pass --template")
-            out += [(text[:blank], A), (end, E), (text[blank + len(end):], F)]
-        elif kind == A and i + 1 == len(pieces):
-            out += [(text, A), ("", E)]
+    # A blank question has no words to protect, and templates that strip would strip their own text around it.
+    marked = [{**m, "content": MARK.format(i) if m["content"].strip() or m["role"] == "assistant" else m["content"]}
+              for i, m in enumerate(messages)]
+    parts = re.split("\ue000(\\d+)\ue001", show(marked, prompt))           # format, number, format, number, ... format
+    words = what_is_printed(messages, parts, show(messages, prompt))
+    pieces, shown = [(parts[0], F)], parts[0]
+    for number, content, text in zip(map(int, parts[1::2]), words, parts[2::2]):
+        if messages[number]["role"] == "assistant":
+            opening, said = pieces.pop()[0] if pieces[-1][1] == F else "", ""
+            ends = show(marked[:number], True)
+            if shown.startswith(ends) and len(shown) - len(ends) <= len(opening):
+                opening, said = opening[:len(opening) - len(shown) + len(ends)], shown[len(ends):]
+            elif number == len(messages) - 1:             # the template writes history otherwise than it prompts
+                return jinja_pieces(tokenizer, template, messages[:-1], True) + answer(tokenizer, content, text)
+            pieces += [(opening, F), (said, S), *answer(tokenizer, content, text)]
         else:
-            out.append((text, kind))
-    return [(t, k) for t, k in out if t or k == E]
+            pieces += [(content, U), (text, F)]
+        shown += MARK.format(number) + text
+    return pieces
+
+
+def what_is_printed(messages: list[dict], parts: list[str], text: str) -> list[str]:
+    """The words of each mark as the template printed them: as they are, or with blanks or newlines taken off."""
+    at, words, numbers = len(parts[0]), [], [int(n) for n in parts[1::2]]
+    for i, m in enumerate(messages):
+        n = numbers.count(i)
+        if n != 1 and (m["role"] == "assistant" or (n == 0 and m["content"].strip())):
+            raise UserError(f"the chat template prints messages[{i}] ({m['role']}) {n} times, expected exactly once. "
+                            f"Pass --template with one of {', '.join(FORMATS)}")
+    for number, behind in zip(numbers, parts[2::2]):
+        c = messages[number]["content"]
+        ways = (c, c.strip(), c.rstrip(), c.lstrip(), c.strip("\n"), c.rstrip("\n"), c.lstrip("\n"))
+        words += [w for w in ways if text.startswith(w + behind, at)][:1] or [None]
+        if words[-1] is None:
+            break
+        at += len(words[-1]) + len(behind)
+    if None in words or at != len(text) or not text.startswith(parts[0]):
+        number = numbers[len(words) - 1] if words else 0
+        raise UserError(f"the chat template rewrites messages[{number}], {messages[number]['content'][:40]!r}, so it "
+                        f"is unclear what to supervise. Pass --template with one of {', '.join(FORMATS)}")
+    return words
+
+
+def answer(tokenizer, words: str, behind: str) -> list[tuple[str, str]]:
+    """An answer and what the template prints behind it: first the end token, which is supervised; the rest is not."""
+    blank = len(behind) - len(behind.lstrip())
+    names = sorted(tokenizer.specials, key=len, reverse=True)
+    end = next((s for s in names if behind[blank:].startswith(s)), None)
+    if not behind:
+        return [(words, A), ("", E)]
+    if end is None:
+        raise UserError(f"the chat template prints {behind[:20]!r} behind an answer, no special token: the model could "
+                        "not learn to stop. Pass --template")
+    return [(words + behind[:blank], A), (end, E), (behind[blank + len(end):], F)]
+
+
+@functools.lru_cache(maxsize=16)
+def unasked_opening(template: str, names: tuple) -> str:
+    """What a template that knows no add_generation_prompt prints between a question and its answer; else nothing."""
+    rows = [{"role": "user", "content": MARK.format(0)}, {"role": "assistant", "content": MARK.format(1)}]
+    try:
+        asked, unasked, whole = (render_template(template, names, *how) for how in
+                                 ((rows[:1], True), (rows[:1], False), (rows, False)))
+    except UserError:                                     # it wants a system message, say: the real rows will tell
+        return ""
+    opening = whole.partition(MARK.format(1))[0].removeprefix(unasked).rstrip(" ")
+    return opening if asked == unasked and whole.startswith(unasked) else ""
 
 
 @functools.lru_cache(maxsize=16)
@@ -258,13 +281,19 @@ def compiled(template: str):
     return env.from_string(template)
 
 
-def render_template(tokenizer, template: str, messages: list[dict], add_generation_prompt: bool) -> str:
-    import jinja2
+def special_names(tokenizer) -> tuple[tuple[str, str], ...]:
+    """What templates call bos_token, eos_token and pad_token."""
     eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     ids = {"bos": tokenizer.bos_id, "eos": eos, "pad": tokenizer.pad_id}
-    names = {f"{name}_token": tokenizer.token_of.get(i, "") for name, i in ids.items()}
+    return tuple((f"{name}_token", tokenizer.token_of.get(i, "")) for name, i in ids.items())
+
+
+def render_template(template: str, names: tuple, messages: list[dict], add_generation_prompt: bool) -> str:
+    """The text of a conversation. Whatever goes wrong in foreign code is the template's fault and told as such."""
     try:
         return compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                                         **names)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template cannot be rendered: {error}") from None
+                                         documents=None, **dict(names))
+    except UserError:
+        raise
+    except Exception as error:  # a sandbox lets through OverflowError, TypeError and others
+        raise UserError(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from None

@@ -867,3 +867,19 @@ def test_config_fills_in_what_follows_from_the_rest():
     old = tiny_config(rope_scaling={"type": "linear", "factor": 2.0})          # how configs of 2023 spell it
     new = tiny_config(rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert torch.equal(rope_frequencies(old)[0], rope_frequencies(new)[0])
+
+
+@pytest.mark.parametrize("vocabulary", [97, 256, 257, 1000])
+def test_the_sampler_in_two_steps_draws_what_one_running_sum_draws(vocabulary):
+    """A vocabulary of one block, of exactly one, of one and a single token, of several: the token is the first whose
+    running sum of probabilities exceeds the noise, in float64; the log-probability is its own."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 2 * torch.randn(500, vocabulary, generator=generator)
+    noise = torch.rand(500, generator=generator)
+    new, logp = model_file.sample(logits, noise, 0.7)
+    exact = (logits.double() / 0.7).log_softmax(-1)
+    heights = exact.exp().cumsum(-1).gather(1, new[:, None])[:, 0]
+    chosen = exact.gather(1, new[:, None])[:, 0]
+    assert bool((heights > noise - 1e-5).all()) and bool((heights - chosen.exp() <= noise + 1e-5).all())
+    assert float((logp - chosen).abs().max()) < 1e-4
+    assert len(new.unique()) > min(vocabulary, 100) / 2

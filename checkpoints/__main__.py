@@ -14,7 +14,7 @@ import torch
 
 import checkpoints
 import common
-from checkpoints import families, formats
+from checkpoints import families, formats, hub
 from model import ModelConfig, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,7 +29,7 @@ def parameters(config: ModelConfig) -> int:
 
 
 def print_names() -> None:
-    for name, (repo, changes) in families.NAMES.items():
+    for name, (repo, changes) in hub.NAMES.items():
         here = next((where for where, paths in checkpoints.places(name) if paths), "")
         print(f"{name:24} {common.human(parameters(ModelConfig(**changes))):>6}  {repo:44} {here}")
 

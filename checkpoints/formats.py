@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints import families, gguf
+from checkpoints import gguf, readers
 from common import UserError
 
 
@@ -246,7 +246,7 @@ def open_meta(folder: Path) -> Source:
         config["intermediate_size"] = shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards)
     except KeyError as missing:
         raise UserError(f"{folder}: {missing} is missing in params.json or in {files[0].name}") from None
-    families.check_numbers(config, folder / "params.json")
+    readers.check_numbers(config, folder / "params.json")
     newest, first = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6          # Llama 3, Llama 1: the length is
     config["max_position_embeddings"] = 8192 if newest else 2048 if first else 4096    # not written in the file
     if params.get("use_scaled_rope"):          # Meta's own code knows the factor by heart: 8, in 3.2's small models 32

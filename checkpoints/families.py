@@ -90,7 +90,7 @@ INTERNLM2 = table("layers.*.", {
 # ---------------------------------------------------------------- GPT-2 and its relatives
 
 def gpt2(raw: dict) -> ModelConfig:
-    """GPT-2, Cerebras-GPT (exact gelu), Wenzhong, CPM-Generate; SantaCoder's first files (`multiquery`: one key head)."""
+    """GPT-2, Cerebras-GPT (exact gelu), Wenzhong, CPM-Generate; SantaCoder's first files (one key head)."""
     if raw.get("add_cross_attention"):
         raise ValueError("add_cross_attention: a decoder that reads an encoder is not supported")
     one = {"num_kv_heads": 1} if raw.get("attention_head_type") == "multiquery" else {}

@@ -144,7 +144,7 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     if family.prepare:
         family.prepare(files, config, raw)
     settle_head(files, config, family)
-    check_layers(files, config, family, source.path)
+    check_layers(files, config, family, source)
     with torch.device("meta"):
         model = family.build(config)
     if is_classifier(raw) and not config.tie_embeddings:
@@ -169,13 +169,14 @@ def is_classifier(raw: dict) -> bool:
     return "ForSequenceClassification" in str(raw.get("architectures"))
 
 
-def check_layers(files: dict, config: ModelConfig, family: readers.Family, where: Path) -> None:
+def check_layers(files: dict, config: ModelConfig, family: readers.Family, source: formats.Source) -> None:
     """Before a model is built: a config of 4000 layers and a file of two need not cost minutes."""
     numbers = [int(number) for name in files for stem, number, _ in [layouts.split_name(name)]
                if number and len(number) < 7 and stem in family.names]
     if family.names and (there := max(numbers, default=-1) + 1) < config.num_layers:
-        first = next(n for n in family.names if "*" in n).replace("*", str(there))
-        raise UserError(f"{where}: tensor {first}.weight is missing: the config says {config.num_layers} layers, the "
+        names = {layouts.strip(n, family.prefixes): n for n in source.entries}
+        first = layouts.their_name(f"layers.{there}.input_layernorm.weight", family, names)
+        raise UserError(f"{source.path}: tensor {first} is missing: the config says {config.num_layers} layers, the "
                         f"file has {there}")
 
 

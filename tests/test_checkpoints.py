@@ -127,13 +127,6 @@ def test_other_families(family, tmp_path):
     assert (model.config.qkv_bias, model.config.out_bias) == (family == "Qwen2", False)
 
 
-@pytest.mark.parametrize("family, keys", [("mistral", {"sliding_window": 16}), ("qwen2", {"use_sliding_window": True})])
-def test_sliding_windows_are_refused_not_ignored(family, keys, saved):
-    edit(saved[0] / "config.json", model_type=family, **keys)
-    with pytest.raises(UserError, match="window"):
-        checkpoints.load(saved[0])
-
-
 def test_shards(saved, tmp_path):
     _, theirs = saved
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")

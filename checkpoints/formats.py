@@ -182,10 +182,19 @@ def pickle_entries(file: Path) -> dict[str, Entry]:
     for wrapper in ("state_dict", "model", "module"):               # what training scripts put around it
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    state = flat(state)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         kinds = sorted({type(v).__name__ for v in (state.values() if isinstance(state, dict) else [state])})
         raise UserError(f"{file} is no table of tensors; it holds {', '.join(kinds)}")
     return {str(name): Entry(tuple(t.shape), lambda t=t: t, file) for name, t in state.items()}
+
+
+def flat(state: object) -> object:
+    """Tables inside tables, as Megatron saves them: {"embedding": {"weight": t}} -> {"embedding.weight": t}."""
+    if not isinstance(state, dict) or not any(isinstance(value, dict) for value in state.values()):
+        return state
+    return {name: tensor for key, value in state.items() for name, tensor in (
+        {f"{key}.{inner}": t for inner, t in flat(value).items()} if isinstance(value, dict) else {key: value}).items()}
 
 
 # ---------------------------------------------------------------- LLaMA's other names, and the RoPE layout

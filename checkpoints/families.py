@@ -365,9 +365,9 @@ GLM_10B_IDS = {50304: (50257, 50263, 50260, 50264), 50048: (50006, 50009, 50003,
 def glm_10b(raw: dict) -> ModelConfig:
     """GLM-2B, 10B, 10B-chinese: GPT-2's block with two tables of positions. The config does not name the special
     tokens: published vocabularies are known, test models of other sizes are taken to begin like ChatGLM's."""
-    known = GLM_10B_IDS.get(raw["vocab_size"], (8, 7, 6))
+    known = GLM_10B_IDS.get(raw["vocab_size"], (8, 7, 6, None))
     keys = ("sop_token_id", "gmask_token_id", "mask_token_id", "smask_token_id")
-    ids = [raw.get(key, usual) for key, usual in zip(keys, known)]
+    ids = [i for key, usual in zip(keys, known) if (i := raw.get(key, usual)) is not None]
     config = read({"tie_word_embeddings": True, **raw}, "gelu", positions="learned_2d", prefix_ids=ids,
                   **PLAIN | {"norm_eps": raw.get("layernorm_epsilon", 1e-5)})
     return replace(config, max_positions=config.max_positions + 1)             # its tables have a row more

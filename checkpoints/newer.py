@@ -196,7 +196,7 @@ def cohere(raw: dict) -> ModelConfig:
         raise ValueError("use_qk_norm: Command R+ has norms on q and k for pairs of RoPE, which is not supported")
     bias = bool(raw.get("attention_bias", False))
     return read({"tie_word_embeddings": True, **raw}, "silu", **LAYER_NORM | {"norm_eps": raw.get(
-        "layer_norm_eps", 1e-5)}, norm_bias=False, parallel=1, qkv_bias=bias, out_bias=bias, **rope(raw))
+        "layer_norm_eps", 1e-5)}, norm_bias=False, parallel=1, qkv_bias=bias, out_bias=bias, **rope(raw, theta=5e5))
 
 
 def cohere2(raw: dict) -> ModelConfig:

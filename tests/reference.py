@@ -49,14 +49,15 @@ def attention(q: list[Tensor], k: list[Tensor], v: list[Tensor], sees: list[list
     """q, k, v: T tensors (H, D); sees[t]: what token t looks at; slopes: one for each head, times the position of the
     key, is added to the score (for one query this is ALiBi's penalty up to a constant, which softmax ignores)."""
     H, D = q[0].shape
-    rows = []
+    keys, values, rows = torch.stack(k), torch.stack(v), []                    # (T, H, D)
     for t, query in enumerate(q):
         heads = []
         for h in range(H):
-            scores = torch.stack([query[h] @ k[s][h] / math.sqrt(D) + (slopes[h] * s if slopes else 0)
-                                  for s in sees[t]])
+            scores = keys[sees[t], h] @ query[h] / math.sqrt(D)
+            if slopes:
+                scores = scores + slopes[h] * torch.tensor(sees[t])
             share = torch.exp(scores - scores.max())
-            heads.append(sum(p * v[s][h] for p, s in zip(share / share.sum(), sees[t])))
+            heads.append(share / share.sum() @ values[sees[t], h])
         rows.append(torch.cat(heads))
     return torch.stack(rows)                                                   # (T, H D)
 
@@ -73,13 +74,10 @@ def prefix(T: int, sop: int) -> list[list[int]]:
 # ---------------------------------------------------------------- ChatGLM-6B and GLM-10B
 
 def turn_pairs(x: Tensor, position: int, frequencies: Tensor) -> Tensor:
-    """Number i and number i + n of 2n turn together, by position * frequency i."""
-    n = len(frequencies)
-    out = x.clone()
-    for i in range(n):
-        cos, sin = math.cos(position * frequencies[i]), math.sin(position * frequencies[i])
-        out[i], out[n + i] = x[i] * cos - x[n + i] * sin, x[n + i] * cos + x[i] * sin
-    return out
+    """Number i and number i + n of 2n turn together, by position * frequency i: a complex number times e^(i angle)."""
+    real, imaginary = x.chunk(2)
+    turned = torch.complex(real, imaginary) * torch.exp(1j * position * frequencies)
+    return torch.cat((turned.real, turned.imag))
 
 
 def chatglm_6b(state: dict[str, Tensor], raw: dict, ids: list[int]) -> Tensor:

@@ -304,7 +304,8 @@ CASES["chatglm-6b"] = Case(
                     transformer__final_layernorm__weight=(C,), transformer__final_layernorm__bias=(C,),
                     lm_head__weight=(V, C)),
     lambda state: lambda ids: reference.chatglm_6b(state, CHATGLM, ids), form="fp16 shards",
-    texts=[words(30, 1) + [GMASK, SOP] + words(8, 2), words(9, 3) + [MASK] + words(9, 4) + [GMASK, SOP] + words(19, 5)],
+    texts=[words(250, 1) + [GMASK, SOP] + words(8, 2),         # so long that the rounding of the frequencies shows
+           words(9, 3) + [MASK] + words(9, 4) + [GMASK, SOP] + words(19, 5)],
     prompts=[words(9, 6) + [GMASK, SOP], words(2, 7) + [MASK] + words(5, 8) + [SOP], words(3, 9) + [GMASK, SOP]],
     junk={f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.ones(3) for i in range(L)})
 GLM10 = {"model_type": "glm", "architectures": ["GLMModel"], "attention_scale": 1.0, "block_position_encoding": True,

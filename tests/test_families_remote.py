@@ -16,7 +16,7 @@ from checkpoints import families
 from common import UserError
 from model import prefix_layout
 
-TOLERANCE = 1e-5                          # relative to the largest logit
+TOLERANCE = 7e-6                          # relative to the largest logit; the largest error seen is 3.5e-6
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -40,8 +40,8 @@ def padded(texts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
 
 def test_logits(loaded):
     case, reference, ours = loaded
-    expected = torch.stack([reference(text) for text in case.texts])
-    assert error(ours(torch.tensor(case.texts)), expected) < TOLERANCE
+    for text in case.texts:
+        assert error(ours(torch.tensor([text]))[0], reference(text)) < TOLERANCE
 
 
 def test_long_texts_take_the_library_path(loaded, monkeypatch):
@@ -84,7 +84,7 @@ def test_the_way_back(loaded, tmp_path):
     for p in ours.parameters():                                                # as if trained: not what was read
         p.add_(0.01 * torch.randn(p.shape, generator=generator))
     try:
-        ids = torch.tensor(case.texts)
+        ids = torch.tensor([case.texts[1]])
         checkpoints.save(ours, None, tmp_path)
         assert error(checkpoints.load(tmp_path)[0](ids), ours(ids)) < 1e-6
         kind = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -93,7 +93,7 @@ def test_the_way_back(loaded, tmp_path):
             written = load_file(tmp_path / "model.safetensors")
             assert {n: tuple(t.shape) for n, t in written.items()} == case.shapes
             reference = case.reference(written)
-            assert error(ours(ids), torch.stack([reference(text) for text in case.texts])) < TOLERANCE
+            assert error(ours(ids)[0], reference(case.texts[1])) < TOLERANCE
     finally:
         for name, p in ours.named_parameters():
             p.copy_(before[name])
@@ -163,6 +163,6 @@ def test_tables_in_tables_of_something_else_are_refused(tmp_path):
     case = CASES["codegeex"]
     write(case, tmp_path, tensors(case))
     torch.save({"module": {"language_model": {"embedding": {"step": 3}}}}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="is no table of tensors; it holds int"):
+    with pytest.raises(UserError, match="is no table of tensors; it holds dict"):
         checkpoints.load(tmp_path)
 

@@ -2,7 +2,8 @@
 
 A family is a config reader of about ten lines and a table of names: the file's on the left, ours on the right, `*` is
 the number of a layer; where one tensor of the file holds several of ours, they stand in its order. What a reader does
-not know is an error, never a default. docs/families.md shows how to add one.
+not know is an error, never a default. docs/families.md shows how to add one. Readers and tables of 2023 and later are in
+newer.py, the table of families is at the end of this file.
 
 A config.json comes in three dialects: of 2022 (rope_theta, no scaling), of 2024 (`rope_scaling` with `type` or
 `rope_type`), and of transformers 5 (`rope_parameters`, which holds theta as well). Two values of `model_type` mean two
@@ -333,9 +334,10 @@ def chatglm2(raw: dict) -> ModelConfig:
     groups = raw.get("multi_query_group_num") if raw.get("multi_query_attention", True) else None
     every = bool(raw.get("add_bias_linear", False))
     size = raw.get("kv_channels", raw["hidden_size"] // raw["num_attention_heads"])
-    ratio = raw.get("rope_ratio", 1)                   # ChatGLM2-32k squeezes positions by it, all others raise theta
-    turns = {"rope_theta": 10000.0 * ratio} if "chatglm2" not in str(raw.get("_name_or_path")).lower() else {
-        "rope_scaling": {"rope_type": "linear", "factor": float(ratio)}}
+    ratio = raw.get("rope_ratio", 1)       # ChatGLM2-32k squeezes 32,768 positions into 8,192, the others raise theta
+    squeezed = "chatglm2" in str(raw.get("_name_or_path")).lower() or ratio * 8192 == raw.get("seq_length")
+    turns = {"rope_scaling": {"rope_type": "linear", "factor": float(ratio)}} if squeezed and ratio != 1 else {
+        "rope_theta": 10000.0 * ratio}
     return read(raw, "silu", num_kv_heads=groups, qkv_bias=every or bool(raw.get("add_qkv_bias", False)),
                 out_bias=every, mlp_bias=every, rope_dim=size // 2, **turns,
                 residual_from_norm=float(bool(raw.get("apply_residual_connection_post_layernorm", False))))

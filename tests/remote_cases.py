@@ -463,6 +463,11 @@ CASES["gemma3 with eyes"] = same(
     lambda name: "language_model." + name, renamed(("language_model.", "")), junk={
         "vision_tower.vision_model.embeddings.patch_embedding.weight": torch.ones(3, 3),
         "multi_modal_projector.mm_input_projection_weight": torch.ones(3, 3)})
+CASES["gemma3 with eyes, later"] = same(
+    "Gemma3", GEMMA3 | {"max_position_embeddings": 64}, CASES["gemma3 with eyes"].raw, lambda name: name.replace(
+        "model.", "model.language_model."), renamed(("model.language_model.", "model.")), form="bin", junk={
+        "model.vision_tower.vision_model.head.weight": torch.ones(3, 3),
+        "model.multi_modal_projector.mm_input_projection_weight": torch.ones(3, 3)})
 
 # ---------------------------------------------------------------- Qwen 1, Granite, MiniCPM, Cohere, OLMo, Phi
 

@@ -126,6 +126,17 @@ def test_special_tokens_of_glm_10b(vocabulary, ids):
     assert families.to_config(raw | {"vocab_size": vocabulary}, "x").prefix_ids == ids
 
 
+@pytest.mark.parametrize("ratio, length, name, theta, factor", [
+    (4, 32768, None, 1e4, 4.0), (4, 32768, "THUDM/chatglm2-6b-32k", 1e4, 4.0),         # ChatGLM2-6B-32k
+    (50, 32768, "THUDM/chatglm3-6b-32k", 5e5, None), (500, 131072, None, 5e6, None),   # ChatGLM3-6B-32k, GLM-4-9B
+    (10000, 1048576, None, 1e8, None), (1, 8192, "THUDM/chatglm2-6b", 1e4, None)])     # GLM-4-9B-1M, ChatGLM2-6B
+def test_what_rope_ratio_means(ratio, length, name, theta, factor):
+    """Two meanings of one key: positions divided by it, or theta multiplied."""
+    raw = GLM2 | {"rope_ratio": ratio, "seq_length": length, "_name_or_path": name}
+    config = families.to_config(raw, "config.json")
+    assert (config.rope_theta, (config.rope_scaling or {}).get("factor")) == (theta, factor)
+
+
 def test_the_hole_of_a_text_with_several():
     """a [MASK] b [gMASK] <sop> x: ChatGLM-6B fills [gMASK] (position 3), GLM-10B the first hole (position 1)."""
     ids, ones = torch.tensor([[20, MASK, 21, GMASK, SOP, 22]]), torch.ones(1, 6, dtype=torch.int64)

@@ -263,7 +263,8 @@ def count_positions(docs: Tensor) -> Tensor:
     return (count - start) * real
 
 
-def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tuple, earliest: bool = False):
+def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tuple,
+                  earliest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """GLM (Du et al. 2022, arXiv 2103.10360, section 2.1): text with a hole, <sop>, what fills the hole. From <sop> on
     positions stay at the hole and blocks count; the context sees all of itself. Without <sop> there is no context.
     ids a b [gMASK] <sop> x y -> positions 0 1 2 2 2 2, blocks 0 0 0 1 2 3, context 1 1 1 0 0 0     (B, S) each"""

@@ -2,8 +2,8 @@
 
 A family is a config reader of about ten lines and a table of names: the file's on the left, ours on the right, `*` is
 the number of a layer; where one tensor of the file holds several of ours, they stand in its order. What a reader does
-not know is an error, never a default. docs/families.md shows how to add one. Those of 2023 and later are in newer.py, the
-table of all families is at the end of this file.
+not know is an error, never a default. docs/families.md shows how to add one. Those of 2023 and later are in newer.py.
+The table of all families is at the end of this file.
 
 A config.json comes in three dialects: of 2022 (rope_theta, no scaling), of 2024 (`rope_scaling` with `type` or
 `rope_type`), and of transformers 5 (`rope_parameters`, which holds theta as well). Two values of `model_type` mean two

@@ -308,7 +308,8 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
         for half, needed in (("lora_A", (r, linear.in_features)), ("lora_B", (linear.out_features, r))):
             if pair[half].shape != needed:
                 raise UserError(f"{file}: {half} of {path} is {tuple(pair[half].shape)}, the model needs {needed}")
-        full = peft_path(model, path).removeprefix("base_model.model.")  # PEFT's keys are expressions for the end of this name
+        # PEFT's keys are expressions for the end of this name.
+        full = peft_path(model, path).removeprefix("base_model.model.")
         alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", full)), config["lora_alpha"])
         sizes[path] = (r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
     attach(model, name, sizes)

@@ -98,7 +98,7 @@ def batch_loss(model: Transformer, ids: Tensor, docs: Tensor | None, mask: Tenso
     An encoder-decoder reads the prompt in its encoder and is taught the answer in its decoder."""
     if getattr(model, "encoder_decoder", False):
         prompt, seen, answer, keep = data_batch.split(ids, mask)
-        given = F.pad(answer[:, :-1], (1, 0), value=model.config.decoder_start_id)       # [a b end] is read as [start a b]
+        given = F.pad(answer[:, :-1], (1, 0), value=model.config.decoder_start_id)       # [a b end] -> [start a b]
         return nll(model.lm_head(model.hidden(prompt, seen, given)[keep]), answer[keep], n_tokens)
     keep = mask[:, 1:] == 1
     return nll(model.lm_head(model.hidden(ids, docs)[:, :-1][keep]), ids[:, 1:][keep], n_tokens)

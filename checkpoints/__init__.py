@@ -20,7 +20,7 @@ from checkpoints.export import save
 from common import UserError
 from model import ModelConfig, Transformer
 
-__all__ = ["load", "load_head", "names", "public_name", "read_config", "resolve", "save"]
+__all__ = ["build", "load", "load_head", "names", "public_name", "read_config", "resolve", "save"]
 
 
 # ---------------------------------------------------------------- names and places
@@ -149,6 +149,16 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
         model.lm_head = nn.Identity()                        # a reward model writes no words
     fill(model, source, prefix, torch.device(device), dtype)
     return model.eval(), load_tokenizer(tokenizer_at)
+
+
+def build(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of any family with fresh weights; what must stay in fp32 does."""
+    family = others.family_of(config)
+    model = (family.build if family else Transformer)(config).to(dtype)
+    for name, p in model.named_parameters():
+        if name.rpartition(".")[2] in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+    return model
 
 
 def is_classifier(raw: dict) -> bool:

@@ -142,8 +142,9 @@ def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[T
 def split(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of `last_answers`, padded on the right -> prompts and their mask, answers and their mask (bool).
     ids [[5, 6, 7, 8], [5, 8, 9, 0]], mask [[0, 0, 1, 1], [0, 1, 1, 0]]
-    -> [[5, 6], [5, pad]], [[1, 1], [1, 0]], [[7, 8], [8, 9]], [[1, 1], [1, 1]]     what stands in a pad is not looked at"""
+    -> [[5, 6], [5, *]], [[1, 1], [1, 0]], [[7, 8], [8, 9]], [[1, 1], [1, 1]]      * a pad: any token, nobody looks"""
     first, n = mask.argmax(1), mask.sum(1)                                     # (B,), (B,)
+    assert int(first.min()) > 0, "a row without a prompt: an encoder-decoder needs at least one token of it"
     index = torch.arange(ids.shape[1], device=ids.device)
     answer = (first[:, None] + index[:int(n.max())]).clamp(max=ids.shape[1] - 1)
     prompt = index[:int(first.max())]

@@ -143,8 +143,10 @@ def wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor, past: Past, at: Layout | Non
         past = join(past, tuple(x[:, i] for x in block), w)
     before = join(tuple(torch.stack(x, 1)[:, :, None] for x in zip(*carried)),
                   tuple(torch.stack(x, 2) for x in zip(*inside)), w)           # (B, blocks, size, A)
-    before = tuple(x.flatten(1, 2)[:, :T] for x in before)
-    return weigh(before, k, v, u), *past
+    *sums, top = (x.flatten(1, 2)[:, :T] for x in before)
+    if at is not None:                                                         # a document's first token finds nothing
+        top = top.masked_fill(at.start[..., None], LOWEST)
+    return weigh((*sums, top), k, v, u), *past
 
 
 # ---------------------------------------------------------------- the two halves of a layer

@@ -258,8 +258,9 @@ def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head:
     if all(not bool(t.any()) for key, t in tensors.items() if "lora_B" in key):
         raise UserError(f"adapter {name!r} is all zero in B: it was never trained, saving it would save nothing. "
                         "Check that the optimiser got lora.parameters(model, name) and that the learning rate is not 0")
-    ranks = {path: m.lora_A[name].shape[0] for path, m in layers(model, name)}
-    alphas = {path: m.scale[name] * ranks[path] for path, m in layers(model, name)}
+    public = {path: checkpoints.public_name(model.config, path) for path, _ in layers(model, name)}
+    ranks = {public[path]: m.lora_A[name].shape[0] for path, m in layers(model, name)}
+    alphas = {public[path]: m.scale[name] * ranks[public[path]] for path, m in layers(model, name)}
     r, alpha = max(ranks.values()), max(alphas.values())
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "base_model_name_or_path": base,

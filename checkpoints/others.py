@@ -249,8 +249,9 @@ def check_layers(source: formats.Source, config: object) -> None:
 
 
 def settle_head(source: formats.Source, config: object) -> None:
-    """"Tied" in the config loses against another head in the file; the same head written twice is still tied. CPM's is
-    a part of the embedding: old files do not write it, or with the rows of the prompts."""
+    """"Tied" in the config loses against another head in the file; the same head written twice is still tied. For T5
+    the file alone decides: its config says what an old transformers needs for the right scale. CPM's head is a part of
+    the embedding: old files do not write it, or with the rows of the prompts."""
     head, embedding = file_name(config, "lm_head.weight"), file_name(config, "embed_tokens.weight")
     if embedding not in source.entries:
         return                                               # `fill` will say so
@@ -259,11 +260,11 @@ def settle_head(source: formats.Source, config: object) -> None:
         if len(whole.shape) == 2 and whole.shape == source.entries[embedding].shape:
             source.entries[head] = formats.Entry((config.vocab_size, whole.shape[1]),
                                                  lambda: whole.read()[:config.vocab_size], whole.file)
-    elif config.tie_embeddings and head in source.entries:
-        if source.shape(head) == source.shape(embedding) and torch.equal(source.read(head), source.read(embedding)):
+    elif head in source.entries and (config.tie_embeddings or isinstance(config, T5Config)):
+        same = source.shape(head) == source.shape(embedding)
+        config.tie_embeddings = same and torch.equal(source.read(head), source.read(embedding))
+        if config.tie_embeddings:
             del source.entries[head]
-        else:
-            config.tie_embeddings = False
 
 
 def fill(model: nn.Module, source: formats.Source, device: torch.device, dtype: torch.dtype) -> None:
@@ -306,6 +307,8 @@ def save(model: nn.Module, tokenizer, out_dir: str | Path) -> None:
         config = dataclasses.replace(config, tie_embeddings=False)
     tensors = {file_name(config, ours): p for ours, p in model.state_dict().items()
                if own_head or not ours.startswith("lm_head")}
+    if isinstance(config, T5Config) and not own_head and not config.scale_output:
+        tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()        # "tied" would mean "scaled" to others
     if bad := next((n for n, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
         raise UserError(f"{bad} is not finite: the model is broken, nothing was saved in {out_dir}")
     raw = hf_config(config, next(model.parameters()).dtype)

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+import checkpoints
 import lora
-from common import human
-from model import SHORT, ModelConfig, Transformer
+import rwkv
+from common import UserError, human
+from model import SHORT, ModelConfig
 
 CARDS = (8, 16, 24, 40, 80)            # GiB, though everyone calls them GB
 RESERVE = 1.5e9                        # what a CUDA context and a fragmented allocator keep for themselves
@@ -114,9 +116,9 @@ def remember(fn: Callable) -> Callable:
     return call
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+def build(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        return checkpoints.build(config, dtype)
 
 
 @remember
@@ -124,7 +126,9 @@ def count(config: ModelConfig, linears: tuple[str, ...] = ()) -> int:
     """Parameters of the model, or only the weights of its linears with these names."""
     if not linears:
         return sum(p.numel() for p in build(config).parameters())
-    return sum(m.weight.numel() for path, m in build(config).named_modules() if path.split(".")[-1] in linears)
+    model = build(config)
+    linears = lora.all_linear(model) + linears if linears[:len(lora.ALL_LINEAR)] == lora.ALL_LINEAR else linears
+    return sum(m.weight.numel() for path, m in model.named_modules() if path.split(".")[-1] in linears)
 
 
 def role(name: str, parameters) -> Role:
@@ -203,12 +207,52 @@ def layer_bytes(p: Plan) -> int:
 def activations(p: Plan) -> int:
     """Of the whole model, for one micro-batch (B, T). Checkpointing keeps the input of each layer and computes
     one layer at a time again."""
+    if not isinstance(p.config, ModelConfig):
+        return watched(p)
     C, L, tokens, s = p.config.hidden_size, p.config.num_layers, p.batch * p.T, 4 if p.mixed else p.s
     shared = 2 * tokens * p.config.head_dim * s          # cos and sin
     shared += p.batch * p.T**2 * s                       # the mask of padded or packed rows
     shared += tokens * (C * (4 if p.r else 8) + 4)       # the final norm
     layer = tokens * layer_bytes(p)
     return shared + (L * tokens * C * s + layer if p.checkpointing else L * layer)
+
+
+def watched(p: Plan) -> int:
+    """For the families with another block: a forward pass on the meta device, and what autograd keeps of it. An
+    encoder-decoder is taken at its largest, prompt and answer both as long as a row; full training in bf16 as if it
+    were fp32."""
+    model = build(p.config, p.dtype if p.r else torch.float32)
+    if p.r:
+        lora.apply(model, p.r, 2.0 * p.r, p.targets, p.stage)
+    ids = torch.zeros(p.batch, p.T, dtype=torch.int64, device="meta")
+    more = {"decoder_ids": ids} if getattr(model, "encoder_decoder", False) else {}
+
+    def forward() -> None:
+        with lora.use(model, p.stage if p.r else None):
+            model.hidden(ids, **more)
+    total = kept(forward, model)
+    if p.checkpointing:                                  # the inputs of all layers, and one layer computed again
+        one_layer = total // p.config.num_layers
+        model.checkpointing = True
+        total = kept(forward, model) + one_layer
+    if isinstance(p.config, rwkv.RWKVConfig):            # the sums of one layer, computed again in backward
+        k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
+        past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)
+        total += kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None), model)
+    return total
+
+
+def kept(work: Callable[[], None], model: nn.Module) -> int:
+    """Bytes that autograd keeps of work(), each storage counted once, parameters left out."""
+    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage()._cdata not in own:
+            seen[t.untyped_storage()._cdata] = t         # held, so that no address is used twice
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        work()
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
 
 
 def training(p: Plan) -> Rows:
@@ -242,6 +286,9 @@ def sampling(p: Plan) -> Rows:
 
 def estimate(config: ModelConfig, stage: str, **settings) -> Table:
     """Memory of a stage ("sft", "reward", "ppo") on one device; the settings are the fields of Plan."""
+    if stage != "sft" and not isinstance(config, ModelConfig):
+        raise UserError(f"--dry_run of {stage} knows the decoders of model.py only, not "
+                        f"{type(config).__name__}")
     plan = Plan(config, stage, **settings)
     table, n = tabulate(plan), count(config)
     if stage == "ppo":

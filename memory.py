@@ -210,7 +210,7 @@ def heads_of_mask(config: ModelConfig) -> int:
 
 
 def attention_bytes(p: Plan) -> int:
-    """Attention as on paper (model.attend) keeps probabilities, H x T per token; flash attention computes them again."""
+    """Attention as on paper (model.attend) keeps H x T probabilities per token, flash attention computes them again."""
     c, s, H, K, D = p.config, p.s, p.config.num_heads, p.config.num_kv_heads, p.config.head_dim
     total = s * D * H                                    # its output = input of o
     if c.attention_softcap or (p.device == "cpu" and p.T <= SHORT):
@@ -224,8 +224,8 @@ def attention_bytes(p: Plan) -> int:
 
 
 def mlp_bytes(p: Plan, down: bool) -> int:
-    """With a gate: gate, act(gate), up, and their product = input of down. Without: up and act(up), where relu needs its
-    output only and x sigmoid(x) both of its factors."""
+    """With a gate: gate, act(gate), up, and their product = input of down. Without: up and act(up), where relu needs
+    its output only and x sigmoid(x) both of its factors."""
     kept = 3 if p.config.glu else {"relu": 0, "relu_squared": 1, "quick_gelu": 2}.get(p.config.activation, 1)
     shared = not p.config.glu and p.config.activation == "relu"
     return p.s * p.config.intermediate_size * (kept + int(down or shared))

@@ -119,11 +119,11 @@ def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
     return source, path if path.is_dir() or path.suffix == ".gguf" else path.parent
 
 
-def read_config(name_or_path: str | Path) -> ModelConfig:
+def read_config(name_or_path: str | Path) -> object:
     """The config alone. For a known name no file is needed, so that --dry_run answers on any machine."""
     text = str(name_or_path).removeprefix("hub:")
     if not Path(text).exists() and text.lower() in hub.NAMES:
-        return ModelConfig(**hub.NAMES[text.lower()][1])
+        return hub.config(text.lower())
     path = resolve(name_or_path)
     source, _ = open_any(path)
     return (others if others.knows(source.config) else families).to_config(source.config, source.path)

@@ -263,7 +263,7 @@ def count_positions(docs: Tensor) -> Tensor:
     return (count - start) * real
 
 
-def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tuple) -> tuple[Tensor, Tensor, Tensor]:
+def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tuple, earliest: bool = False):
     """GLM (Du et al. 2022, arXiv 2103.10360, section 2.1): text with a hole, <sop>, what fills the hole. From <sop> on
     positions stay at the hole and blocks count; the context sees all of itself. Without <sop> there is no context.
     ids a b [gMASK] <sop> x y -> positions 0 1 2 2 2 2, blocks 0 0 0 1 2 3, context 1 1 1 0 0 0     (B, S) each"""
@@ -274,9 +274,9 @@ def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tupl
     def first(token: int) -> Tensor:                                           # in one's own document; S = nowhere
         return torch.where((ids == token)[:, None] & same, index, S).amin(-1)
 
-    sop, hole, *others = (first(token) for token in prefix_ids)                # the kind of hole that is named first
-    for other in others:
-        hole = torch.where(hole < S, hole, other)
+    sop, hole, *others = (first(token) for token in prefix_ids)
+    for other in others:                               # ChatGLM-6B: the kind that is named first; GLM-10B: the earliest
+        hole = torch.minimum(hole, other) if earliest else torch.where(hole < S, hole, other)
     behind = (index >= sop) & (docs > 0)
     blocks = (index - sop + 1) * behind
     positions = torch.where(behind & (hole < sop), positions.gather(1, hole.clamp(max=S - 1)), positions)
@@ -511,7 +511,8 @@ class Transformer(nn.Module):
         if config.positions.startswith("learned") and (last := int(positions.max())) >= config.max_positions:
             raise ValueError(f"a text of {last + 1} tokens, this model has learned {config.max_positions} positions")
         if config.prefix_ids:
-            positions, blocks, context = prefix_layout(ids, docs, positions, config.prefix_ids)
+            positions, blocks, context = prefix_layout(ids, docs, positions, config.prefix_ids,
+                                                       earliest=config.positions == "learned_2d")
         full = None if plain else attention_bias(config, docs, T, positions, dtype, context)
         local = full
         if config.window is not None and S > config.window:                    # shorter texts do not notice the window

@@ -75,6 +75,7 @@ def in_family_names(model: nn.Module, classifier: bool) -> tuple[dict[str, Tenso
         if state["lm_head.weight"].data_ptr() != model.embed_tokens.weight.data_ptr():
             head = next(n for n, ours in origin.family.names.items() if ours == "lm_head")
             tensors[head + ".weight"], raw["tie_word_embeddings"] = state["lm_head.weight"], False
+    raw |= {"top_query": model.config.top_query} if model.config.top_query else {}   # else read from architectures
     kinds = [str(k) for k in raw.get("architectures") or [raw["model_type"].title() + "ForCausalLM"]]
     raw["architectures"] = [re.sub(r"(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", kinds[0]) if classifier
                             else kinds[0]]

@@ -15,26 +15,29 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from checkpoints import newer
 from checkpoints.layouts import Entries, derived
-from checkpoints.readers import LAYER_NORM, PLAIN, Family, activation, check_numbers, read, rope, table, window
+from checkpoints.readers import (
+    ATTENTION,
+    FUSED,
+    GATED,
+    LAYER_NORM,
+    LLAMA,
+    NORMS,
+    PLAIN,
+    QK_NORMS,
+    Family,
+    check_numbers,
+    llama,
+    read,
+    rope,
+    table,
+    window,
+)
 from common import UserError
 from model import ModelConfig
 
 # ---------------------------------------------------------------- LLaMA and everything of its shape
-
-NORMS = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
-ATTENTION = {f"self_attn.{x}_proj": f"{x}_proj" for x in "qkvo"}
-GATED = {f"mlp.{x}_proj": f"{x}_proj" for x in ("gate", "up", "down")}
-QK_NORMS = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
-OUTER = {"embed_tokens": "embed_tokens", "norm": "norm"}
-LLAMA = table("layers.*.", NORMS | ATTENTION | GATED, **OUTER)
-
-
-def llama(raw: dict) -> ModelConfig:
-    """LLaMA 1, 2, 3 and everything that took its shape."""
-    bias = bool(raw.get("attention_bias", raw.get("bias", False)))             # InternLM's key
-    return read(raw, "silu", qkv_bias=bias, out_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False)), **rope(raw))
-
 
 def mistral(raw: dict) -> ModelConfig:
     return replace(llama(raw), **window(raw))
@@ -81,6 +84,7 @@ def internlm(raw: dict) -> ModelConfig:
                   **({"rope_scaling": scaling} if turn.get("type") not in (None, "origin") else {})})
 
 
+YI = table("layers.*.", {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"})     # of its first files
 INTERNLM2 = table("layers.*.", {
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention.wqkv":
     "q_proj k_proj v_proj", "attention.wo": "o_proj", "feed_forward.w1": "gate_proj", "feed_forward.w3": "up_proj",
@@ -216,7 +220,6 @@ def gpt_neox(raw: dict) -> ModelConfig:
 
 
 MEGATRON = {"mlp.dense_h_to_4h": "up_proj", "mlp.dense_4h_to_h": "down_proj"}
-FUSED = "q_proj k_proj v_proj"
 NEOX = table("layers.*.", NORMS | MEGATRON | {"attention.query_key_value": FUSED, "attention.dense": "o_proj"},
              embed_tokens="embed_in", norm="final_layer_norm", lm_head="embed_out")
 
@@ -285,7 +288,7 @@ MPT = table("blocks.*.", {
 def falcon(raw: dict) -> ModelConfig:
     """7B: one key head, attention and MLP behind one norm. 40B: groups, two norms. RW: ALiBi, one after the other."""
     heads, new = raw.get("num_attention_heads") or raw["n_head"], bool(raw.get("new_decoder_architecture", False))
-    new |= raw.get("model_type") == "RefinedWeb"                               # the 40B's first name
+    new |= raw.get("model_type") == "RefinedWeb" and "n_head_kv" in raw        # the 40B's first name; RW has it too
     groups = raw.get("num_kv_heads", raw.get("n_head_kv", heads))
     parallel, bias = bool(raw.get("parallel_attn", True)), bool(raw.get("bias", False))
     norms = raw.get("num_ln_in_parallel_attn", 2) if new else 1
@@ -305,105 +308,6 @@ FALCON = table("h.*.", NORMS | MEGATRON | {
 def falcon_cut(config: ModelConfig) -> str:
     return "per head" if config.num_kv_heads == config.num_heads else "concat" if config.num_kv_heads == 1 else (
         "per group")
-
-
-# ---------------------------------------------------------------- of 2023 and later
-
-def starcoder2(raw: dict) -> ModelConfig:
-    bias = bool(raw.get("use_bias", True))
-    return read({"tie_word_embeddings": True, **raw}, "gelu_pytorch_tanh", **PLAIN | {
-        "norm_eps": raw.get("norm_epsilon", 1e-5), "qkv_bias": bias, "out_bias": bias, "mlp_bias": bias},
-        **rope(raw), **window(raw))
-
-
-STARCODER2 = table("layers.*.", NORMS | ATTENTION | {"mlp.c_fc": "up_proj", "mlp.c_proj": "down_proj"}, **OUTER)
-
-
-def gemma(raw: dict) -> ModelConfig:
-    """Embeddings times sqrt(C), GeGLU; hidden_act says "gelu" and means tanh."""
-    raw = {"head_dim": 256, "tie_word_embeddings": True, **raw}
-    raw["hidden_activation"] = raw.get("hidden_activation", "gelu_pytorch_tanh")
-    return replace(llama(raw), embed_scale=math.sqrt(raw["hidden_size"]))
-
-
-def gemma2(raw: dict) -> ModelConfig:
-    """Norms on both sides of attention and MLP, soft caps, and a window in every other layer."""
-    raw = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096, **raw}
-    return replace(gemma(raw), block="sandwich", attention_scale=raw.get("query_pre_attn_scalar", 256) ** -0.5,
-                   attention_softcap=raw["attn_logit_softcapping"] or None,
-                   final_softcap=raw["final_logit_softcapping"] or None, **window(raw, lambda i: i % 2 == 0))
-
-
-def gemma3(raw: dict) -> ModelConfig:
-    """Five layers with a window to one without, each kind with its own theta; norms on q and k. Multimodal files nest
-    the text model's config, and leave out what is as usual."""
-    text = {k: v for k, v in raw.get("text_config", raw).items() if v is not None}
-    if text.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention: an embedding model, not a decoder")
-    text = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072,
-            "sliding_window": 4096, "attn_logit_softcapping": 0, "final_logit_softcapping": 0, "rope_theta": 1e6,
-            **text}
-    local, every, kinds = text.get("rope_local_base_freq", 1e4), text.get("sliding_window_pattern", 6), text.pop(
-        "rope_parameters", None)
-    if kinds and "full_attention" in kinds:                                    # transformers 5: one entry for each kind
-        text["rope_parameters"], local = kinds["full_attention"], kinds["sliding_attention"].get("rope_theta", 1e4)
-    every = text.get("_sliding_window_pattern", every)
-    config = replace(gemma2(text), qk_norm="head", rope_theta_local=float(local))
-    return replace(config, **{"window": None, "full_layers": ()} | window(text, lambda i: (i + 1) % every))
-
-
-SANDWICH = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "attention_out_norm",
-            "pre_feedforward_layernorm": "post_attention_layernorm", "post_feedforward_layernorm": "mlp_out_norm"}
-GEMMA2 = table("layers.*.", SANDWICH | ATTENTION | GATED | QK_NORMS, **OUTER)
-
-
-def phi(raw: dict) -> ModelConfig:
-    """Phi-1, 1.5, 2."""
-    return read(raw, "gelu_new", **PLAIN | {"norm_eps": raw.get("layer_norm_eps", 1e-5)}, parallel=1, head_bias=True,
-                qk_norm="head" if raw.get("qk_layernorm") else "", **rope(raw, part=0.5))
-
-
-PHI = table("layers.*.", ATTENTION | {
-    "input_layernorm": "input_layernorm", "self_attn.dense": "o_proj", "mlp.fc1": "up_proj", "mlp.fc2": "down_proj",
-    "self_attn.q_layernorm": "q_norm", "self_attn.k_layernorm": "k_norm"},
-    embed_tokens="embed_tokens", norm="final_layernorm")
-
-
-def phi3(raw: dict) -> ModelConfig:
-    """Phi-3, 3.5, 4. The long versions divide RoPE's frequencies by a list, another one beyond the trained length."""
-    trained = raw.get("original_max_position_embeddings")
-    turns = rope({"rms_norm_eps": 1e-5, **raw})
-    if (scaling := turns["rope_scaling"]) and scaling["rope_type"] == "yarn":  # what some of the first files call it
-        scaling["rope_type"] = "longrope"
-    if scaling and trained:
-        scaling.setdefault("original_max_position_embeddings", trained)
-    return replace(read({"rms_norm_eps": 1e-5, **raw}, "silu", **turns), **window(raw))
-
-
-PHI3 = LLAMA | table("layers.*.", {"self_attn.qkv_proj": FUSED, "mlp.gate_up_proj": "gate_proj up_proj"})
-
-
-def olmo(raw: dict) -> ModelConfig:
-    """LayerNorm without weights."""
-    return replace(llama(raw), norm="layer", norm_eps=1e-5, norm_weight=False, clip_qkv=raw.get("clip_qkv"))
-
-
-def olmo2(raw: dict) -> ModelConfig:
-    """Norms behind attention and MLP, inside the residual; norms over all of q and of k."""
-    return replace(llama({"rms_norm_eps": 1e-5, **raw}), block="inner", qk_norm="full")
-
-
-OLMO2 = table("layers.*.", ATTENTION | GATED | QK_NORMS | {
-    "post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"}, **OUTER)
-
-
-def nanochat(raw: dict) -> ModelConfig:
-    """Norms without weights everywhere, on q and k too (behind RoPE there; a rotation does not change a length)."""
-    return replace(llama(raw), norm_weight=False, embed_norm=True, qk_norm="head", glu=False,
-                   activation=activation(raw, "relu2"), final_softcap=raw.get("final_logit_softcapping", 15.0))
-
-
-NANOCHAT = table("layers.*.", ATTENTION | {"mlp.fc1": "up_proj", "mlp.fc2": "down_proj"}, embed_tokens="embed_tokens")
 
 
 # ---------------------------------------------------------------- GLM
@@ -429,8 +333,11 @@ def chatglm2(raw: dict) -> ModelConfig:
     groups = raw.get("multi_query_group_num") if raw.get("multi_query_attention", True) else None
     every = bool(raw.get("add_bias_linear", False))
     size = raw.get("kv_channels", raw["hidden_size"] // raw["num_attention_heads"])
+    ratio = raw.get("rope_ratio", 1)                   # ChatGLM2-32k squeezes positions by it, all others raise theta
+    turns = {"rope_theta": 10000.0 * ratio} if "chatglm2" not in str(raw.get("_name_or_path")).lower() else {
+        "rope_scaling": {"rope_type": "linear", "factor": float(ratio)}}
     return read(raw, "silu", num_kv_heads=groups, qkv_bias=every or bool(raw.get("add_qkv_bias", False)),
-                out_bias=every, mlp_bias=every, rope_theta=10000.0 * raw.get("rope_ratio", 1), rope_dim=size // 2,
+                out_bias=every, mlp_bias=every, rope_dim=size // 2, **turns,
                 residual_from_norm=float(bool(raw.get("apply_residual_connection_post_layernorm", False))))
 
 
@@ -458,9 +365,9 @@ GLM_10B_IDS = {50304: (50257, 50263, 50260, 50264), 50048: (50006, 50009, 50003,
 def glm_10b(raw: dict) -> ModelConfig:
     """GLM-2B, 10B, 10B-chinese: GPT-2's block with two tables of positions. The config does not name the special
     tokens: published vocabularies are known, test models of other sizes are taken to begin like ChatGLM's."""
-    known = GLM_10B_IDS.get(raw["vocab_size"], (8, 7, 6))
+    known = GLM_10B_IDS.get(raw["vocab_size"], (8, 7, 6, None))
     keys = ("sop_token_id", "gmask_token_id", "mask_token_id", "smask_token_id")
-    ids = [raw.get(key, usual) for key, usual in zip(keys, known)]
+    ids = [i for key, usual in zip(keys, known) if (i := raw.get(key, usual)) is not None]
     config = read({"tie_word_embeddings": True, **raw}, "gelu", positions="learned_2d", prefix_ids=ids,
                   **PLAIN | {"norm_eps": raw.get("layernorm_epsilon", 1e-5)})
     return replace(config, max_positions=config.max_positions + 1)             # its tables have a row more
@@ -475,8 +382,8 @@ def pangu(raw: dict) -> ModelConfig:
     """PanGu-alpha: GPT-2 whose last layer asks with a table of positions instead of what it has read. The published
     port applies the final norm before that layer and names its class in the config; files that name none have it last.
     "gelu" is MindSpore's, the tanh formula."""
-    config = gpt2({"activation_function": "gelu_new", **raw})
-    return replace(config, top_query="after" if raw.get("architectures") else "before",
+    config, named = gpt2({"activation_function": "gelu_new", **raw}), "after" if raw.get("architectures") else "before"
+    return replace(config, top_query=raw.get("top_query", named),              # our own files say it
                    activation="gelu_tanh" if config.activation == "gelu" else config.activation)
 
 
@@ -503,8 +410,9 @@ def top_layer(files: Entries, config: ModelConfig, raw: dict) -> None:
 
 
 def top_layer_restored(tensors: dict, config: ModelConfig, raw: dict) -> bool:
+    prefix = next(n for n in tensors if n.endswith("embedding.word_embeddings.weight")).partition("embedding.")[0]
     for name in [n for n in tensors if f"layers.{config.num_layers - 1}." in n]:
-        tensors[name.replace(f"layers.{config.num_layers - 1}.", "topQueryLayer.")] = tensors.pop(name)
+        tensors[prefix + name.replace(f"layers.{config.num_layers - 1}.", "topQueryLayer.")] = tensors.pop(name)
     return True
 
 
@@ -519,11 +427,12 @@ OWN = table("layers.*.", {n: n for n in (*NORMS, "attention_out_norm", "mlp_out_
             **{n: n for n in ("embed_tokens", "embed_positions", "embed_blocks", "embed_query", "embed_norm", "norm")})
 CONV1D = r"c_attn|c_proj|c_fc|q_attn|kv_attn"
 GPT = {"prefixes": ("transformer.",), "leftovers": MASKS}
+MULTIPLIED = {"prepare": newer.multiplied, "restore": newer.divided}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama, LLAMA), "mistral": Family(mistral, LLAMA), "qwen2": Family(qwen2, LLAMA),
     "qwen3": Family(qwen3, LLAMA | table("layers.*.", QK_NORMS)), "smollm3": Family(smollm3, LLAMA),
-    "Yi": Family(llama, LLAMA), "internlm": Family(internlm, LLAMA),
+    "Yi": Family(llama, LLAMA | YI), "internlm": Family(internlm, LLAMA),
     "internlm2": Family(llama, INTERNLM2, qkv="per group"),
     "baichuan": Family(baichuan, LLAMA | table("layers.*.", {"self_attn.W_pack": FUSED}), leftovers=
                        r".*rotary_emb\..*|.*(alibi_mask|future_mask)"),
@@ -539,13 +448,20 @@ FAMILIES: dict[str, Family] = {
                        leftovers=r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
     "stablelm": Family(stablelm, STABLELM, prepare=stablelm_norms, restore=stablelm_restore),
     "bloom": Family(bloom, BLOOM, qkv="per head", **GPT), "mpt": Family(mpt, MPT, **GPT),
-    "falcon": Family(falcon, FALCON, qkv=falcon_cut, **GPT), "starcoder2": Family(starcoder2, STARCODER2),
-    "gemma": Family(gemma, LLAMA, plus_one=True), "gemma2": Family(gemma2, GEMMA2, plus_one=True),
-    "gemma3_text": Family(gemma3, GEMMA2, (
+    "falcon": Family(falcon, FALCON, qkv=falcon_cut, **GPT), "starcoder2": Family(newer.starcoder2, newer.STARCODER2),
+    "gemma": Family(newer.gemma, LLAMA, plus_one=True), "gemma2": Family(newer.gemma2, newer.GEMMA2, plus_one=True),
+    "gemma3_text": Family(newer.gemma3, newer.GEMMA2, (
         "language_model.model.", "model.language_model.", "language_model.", "model."), plus_one=True,
         leftovers=r".*(vision_tower|multi_modal_projector)\..*|.*inv_freq"),
-    "phi": Family(phi, PHI), "phi3": Family(phi3, PHI3), "olmo": Family(olmo, LLAMA), "olmo2": Family(olmo2, OLMO2),
-    "nanochat": Family(nanochat, NANOCHAT, rope="swapped"),
+    "phi": Family(newer.phi, newer.PHI), "phi3": Family(newer.phi3, newer.PHI3),
+    "phi-msft": Family(newer.phi_first, newer.PHI_FIRST, ("transformer.",)),
+    "olmo": Family(newer.olmo, LLAMA), "olmo2": Family(newer.olmo2, newer.OLMO2),
+    "olmo3": Family(newer.olmo3, newer.OLMO2),
+    "hf_olmo": Family(newer.olmo_first, newer.OLMO_FIRST, ("model.transformer.", "transformer.")),
+    "nanochat": Family(newer.nanochat, newer.NANOCHAT, rope="swapped"), "qwen": Family(newer.qwen, newer.QWEN, **GPT),
+    "granite": Family(newer.granite, LLAMA, **MULTIPLIED), "minicpm": Family(newer.minicpm, LLAMA, **MULTIPLIED),
+    "cohere": Family(newer.cohere, LLAMA, rope="pairs", **MULTIPLIED),
+    "cohere2": Family(newer.cohere2, LLAMA, rope="pairs", **MULTIPLIED),
     "glm": Family(glm, GLM, rope="pairs"), "glm4": Family(glm4, GLM, rope="pairs"),
     "chatglm2": Family(chatglm2, CHATGLM2, ("transformer.",), rope="pairs", leftovers=r"rotary_pos_emb\.inv_freq",
                        qkv=lambda c: "per head" if c.num_kv_heads == c.num_heads else "concat"),

@@ -182,10 +182,21 @@ def pickle_entries(file: Path) -> dict[str, Entry]:
     for wrapper in ("state_dict", "model", "module"):               # what training scripts put around it
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    if isinstance(state, dict) and all(isinstance(t, Tensor) for t in flat(state).values()):
+        state = flat(state)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         kinds = sorted({type(v).__name__ for v in (state.values() if isinstance(state, dict) else [state])})
         raise UserError(f"{file} is no table of tensors; it holds {', '.join(kinds)}")
     return {str(name): Entry(tuple(t.shape), lambda t=t: t, file) for name, t in state.items()}
+
+
+def flat(table: dict) -> dict:
+    """Tables inside tables, as Megatron saves them: {"embedding": {"weight": t}} -> {"embedding.weight": t}."""
+    out = {}
+    for key, value in table.items():
+        inside = flat(value) if isinstance(value, dict) else None
+        out |= {key: value} if inside is None else {f"{key}.{name}": tensor for name, tensor in inside.items()}
+    return out
 
 
 # ---------------------------------------------------------------- LLaMA's other names, and the RoPE layout

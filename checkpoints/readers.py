@@ -1,5 +1,5 @@
-"""What every reader of a public config shares: the sizes under all their names, RoPE in three dialects, windows, and
-how a table of names is written. The families themselves are in families.py.
+"""What every reader of a public config shares: the sizes under all their names, RoPE in three dialects, windows, how a
+table of names is written, and LLaMA, from which most others start. The families are in families.py and newer.py.
 """
 import re
 from collections.abc import Callable
@@ -113,6 +113,21 @@ def table(layers: str, inside: dict[str, str], **outside: str) -> dict[str, str]
         return "layers.*." + ("self_attn." if short[1:] in ("_proj", "_norm") else part) + short
     return ({layers + theirs: " ".join(ours(s) for s in shorts.split()) for theirs, shorts in inside.items()}
             | {theirs.replace("__", "."): name for name, theirs in {"lm_head": "lm_head", **outside}.items()})
+
+
+NORMS = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
+ATTENTION = {f"self_attn.{x}_proj": f"{x}_proj" for x in "qkvo"}
+GATED = {f"mlp.{x}_proj": f"{x}_proj" for x in ("gate", "up", "down")}
+QK_NORMS = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+OUTER = {"embed_tokens": "embed_tokens", "norm": "norm"}
+FUSED = "q_proj k_proj v_proj"
+LLAMA = table("layers.*.", NORMS | ATTENTION | GATED, **OUTER)
+
+
+def llama(raw: dict) -> ModelConfig:
+    """LLaMA 1, 2, 3 and everything that took its shape."""
+    bias = bool(raw.get("attention_bias", raw.get("bias", False)))             # InternLM's key
+    return read(raw, "silu", qkv_bias=bias, out_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False)), **rope(raw))
 
 
 # The largest sizes that are believed: a damaged or invented number is an error, not an allocation.

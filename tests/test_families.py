@@ -76,7 +76,7 @@ MODELS = {
     "nanochat": ("NanoChat", SIZES | {"intermediate_size": 100, "num_key_value_heads": 2})}
 HEADS = {"GPT2": "GPT2LMHeadModel", "OpenAIGPT": "OpenAIGPTLMHeadModel"}
 IDS = random_ids(2, 40)
-TOLERANCE = 2e-5                          # relative to the largest logit
+TOLERANCE = 7e-6                          # relative to the largest logit; the largest error seen is 3.5e-6
 
 
 def theirs_of(name: str):

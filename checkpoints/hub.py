@@ -337,7 +337,8 @@ GLM: Names = {
     "glm-10b": ("THUDM/glm-10b", GLM_BLOCK | gpt(4096, 48, 64)),
     "glm-10b-chinese": ("THUDM/glm-10b-chinese", GLM_BLOCK | gpt(4096, 48, 64, **ZH)),
     "chatglm-6b": ("THUDM/chatglm-6b", PLAIN | CHATGLM_IDS | gpt(
-        4096, 28, 32, activation="gelu_tanh", vocab_size=130528, residual_from_norm=math.sqrt(56), tie_embeddings=True)),
+        4096, 28, 32, activation="gelu_tanh", vocab_size=130528, residual_from_norm=math.sqrt(56),
+        tie_embeddings=True)),
     **{name: (f"THUDM/{name}", CHATGLM2 | size(4096, 13696, 28, 32, 2) | more) for name, more in (
         ("chatglm2-6b", {}), ("chatglm3-6b", {"max_positions": 8192}), ("codegeex2-6b", {}))},
     "glm-4-9b": ("THUDM/glm-4-9b", CHATGLM2 | GLM4 | size(4096, 13696, 40, 32, 2, norm_eps=1.5625e-7)),

@@ -73,6 +73,10 @@ MODELS = {
     "olmo": ("Olmo", SIZES | GQA | {"clip_qkv": 0.8}), "olmo2": ("Olmo2", SIZES | GQA),
     "glm4 9b": ("Glm", SIZES | GQA | {"head_dim": 20}), "glm4 0414": ("Glm4", SIZES | GQA | {"head_dim": 20}),
     "openai-gpt": ("OpenAIGPT", GPT2),
+    "helium": ("Helium", SIZES | GQA | {"head_dim": 12, "attention_bias": True}),
+    "seed oss": ("SeedOss", SIZES | GQA | {"head_dim": 20}),
+    "arcee": ("Arcee", SIZES | GQA | {"mlp_bias": True, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}}),
     "nanochat": ("NanoChat", SIZES | {"intermediate_size": 100, "num_key_value_heads": 2})}
 HEADS = {"GPT2": "GPT2LMHeadModel", "OpenAIGPT": "OpenAIGPTLMHeadModel"}
 IDS = random_ids(2, 40)

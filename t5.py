@@ -189,7 +189,7 @@ class T5(nn.Module):
     def reset_parameters(self) -> None:
         """Matrices N(0, 1 / width of their input), q smaller by sqrt(D): it stands in for the missing 1 / sqrt(D)."""
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:
                 std = 1.0 if name == "embed_tokens.weight" else p.shape[1] ** -0.5
                 std = self.config.hidden_size ** -0.5 if "position_bias" in name else std
                 nn.init.normal_(p, std=std * self.config.head_dim ** -0.5 if "q_proj" in name else std)

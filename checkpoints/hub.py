@@ -233,6 +233,7 @@ BLOOMS = {"560m": gpt(1024, 24, 16), "1b1": gpt(1536, 24, 16), "1b7": gpt(2048, 
 BLOOM: Names = {
     **{f"{kind}-{s}": (f"bigscience/{kind}" + ("" if s == "176b" else f"-{s}"), BLOOM_BLOCK | shape)
        for kind in ("bloom", "bloomz") for s, shape in BLOOMS.items()},
+    "bloomz-7b1-mt": ("bigscience/bloomz-7b1-mt", BLOOM_BLOCK | BLOOMS["7b1"]),
     **{f"bloom-{s}-zh": (f"Langboat/bloom-{s}-zh", BLOOM_BLOCK | BLOOMS[like] | {"vocab_size": 46145})
        for s, like in (("800m", "1b1"), ("1b4", "1b7"), ("2b5", "3b"), ("6b4", "7b1"))},
 }

@@ -26,6 +26,7 @@ MPT = {"vocab_size": 97, "d_model": 48, "n_heads": 4, "n_layers": 3, "max_seq_le
 
 # name: (transformers' class, its config). Sizes are all different, so that a mixed-up axis is a shape error.
 MODELS = {
+    "llama": ("Llama", SIZES | {"intermediate_size": 80, "rms_norm_eps": 1e-6}),
     "llama 3.1": ("Llama", SIZES | GQA | {"rope_parameters": LLAMA3}),
     "mistral 0.1": ("Mistral", SIZES | GQA | {"sliding_window": 7}),
     "mistral nemo": ("Mistral", SIZES | GQA | {"sliding_window": None, "head_dim": 20}),

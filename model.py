@@ -457,6 +457,8 @@ class Transformer(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         """N(0, std); what writes into the residual stream is scaled down by sqrt(2 * layers), as in GPT-2."""
         for name, p in self.named_parameters():
+            if p.is_meta:              # a shape without numbers: load fills it, the dry run needs no more
+                continue
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_layers) if residual else std)

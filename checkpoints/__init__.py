@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints import adapters, families, formats, hub, layouts, readers
+from checkpoints import adapters, families, formats, hub, layouts, others, readers
 from checkpoints.export import save
 from common import UserError
-from model import ModelConfig
+from model import ModelConfig, Transformer
 
-__all__ = ["load", "load_head", "names", "read_config", "resolve", "save"]
+__all__ = ["build", "load", "load_head", "names", "public_name", "read_config", "resolve", "save"]
 
 
 # ---------------------------------------------------------------- names and places
@@ -90,6 +90,14 @@ def download(repo: str) -> Path:
     return Path(snapshot_download(repo, allow_patterns=kinds))
 
 
+def public_name(config: object, path: str) -> str:
+    """A linear of our model as its family's public files call it: layers.0.mlp.up_proj in a LLaMA is model.layers...,
+    layers.0.attention.key in RWKV is rwkv.blocks.0.attention.key."""
+    if others.family_of(config):
+        return others.file_name(config, path)
+    return path if path.startswith("lm_head") else "model." + path
+
+
 def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
     """A checkpoint, or the directory of an adapter with its base: (source, where the tokenizer is)."""
     if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
@@ -103,20 +111,22 @@ def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
         source = formats.open_source(where)
         adapters.apply(source, [path], None, None)
         return source, path if any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model")) else where
+    if blinkdl := others.find_blinkdl(path):
+        return others.open_blinkdl(blinkdl), blinkdl.parent
     source = formats.open_source(path)
     if source.path.suffix == ".bin":                         # llama2.c: tokenizer.bin beside model.bin
         return source, next(iter(sorted(source.path.parent.glob("tok*.bin"))), source.path.parent)
     return source, path if path.is_dir() or path.suffix == ".gguf" else path.parent
 
 
-def read_config(name_or_path: str | Path) -> ModelConfig:
+def read_config(name_or_path: str | Path) -> object:
     """The config alone. For a known name no file is needed, so that --dry_run answers on any machine."""
     text = str(name_or_path).removeprefix("hub:")
     if not Path(text).exists() and text.lower() in hub.NAMES:
-        return ModelConfig(**hub.NAMES[text.lower()][1])
+        return hub.config(text.lower())
     path = resolve(name_or_path)
     source, _ = open_any(path)
-    return families.to_config(source.config, source.path)
+    return (others if others.knows(source.config) else families).to_config(source.config, source.path)
 
 
 # ---------------------------------------------------------------- load
@@ -138,6 +148,8 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     path = resolve(name_or_path, network)
     source, tokenizer_at = open_any(path, network)
     adapters.apply(source, [Path(p) for p in lora], None if delta is None else resolve(delta), new_rows)
+    if others.knows(source.config):                          # RWKV, T5, CPM-Ant: another block, another class
+        return others.load_other(path, device, dtype, source), load_tokenizer(tokenizer_at)
     config = families.to_config(source.config, source.path)
     family, raw = families.find(source.config, source.path)[1], source.config
     files = stripped(source, family.prefixes)
@@ -163,6 +175,16 @@ def stripped(source: formats.Source, prefixes: tuple[str, ...]) -> dict[str, for
             raise UserError(f"{source.path}: {short} is there twice, with and without a prefix ({', '.join(prefixes)})")
         files[short] = layouts.derived(source.shape(name), functools.partial(source.read, name), entry)
     return files
+
+
+def build(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of any family with fresh weights; what must stay in fp32 does."""
+    family = others.family_of(config)
+    model = (family.build if family else Transformer)(config).to(dtype)
+    for name, p in model.named_parameters():
+        if name.rpartition(".")[2] in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+    return model
 
 
 def is_classifier(raw: dict) -> bool:

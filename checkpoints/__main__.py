@@ -15,23 +15,26 @@ import torch
 import checkpoints
 import common
 from checkpoints import families, formats, hub
-from model import ModelConfig, Transformer
+from model import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(config: object) -> int:
     """Counted on models of one and of two layers: every further layer is like the second."""
     with torch.device("meta"):
-        one, two = (sum(p.numel() for p in Transformer(dataclasses.replace(config, num_layers=n)).parameters())
+        one, two = (sum(p.numel() for p in checkpoints.build(dataclasses.replace(config, num_layers=n)).parameters())
                     for n in (1, 2))
     return one + (config.num_layers - 1) * (two - one)
 
 
 def print_names() -> None:
-    for name, (repo, changes) in hub.NAMES.items():
-        here = next((where for where, paths in checkpoints.places(name) if paths), "")
-        print(f"{name:24} {common.human(parameters(ModelConfig(**changes))):>6}  {repo:44} {here}")
+    """By family: name, parameters, repository on the hub, and where the weights are if they are on this machine."""
+    for title, group in hub.GROUPS.items():
+        print(f"\n# {title}")
+        for name, (repo, _) in group.items():
+            here = next((where for where, paths in checkpoints.places(name) if paths), "")
+            print(f"{name:26} {common.human(parameters(hub.config(name))):>6}  {repo:46} {here}".rstrip())
 
 
 def show(name: str) -> None:

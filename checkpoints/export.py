@@ -22,6 +22,9 @@ SHARD = 5_000_000_000                      # bytes per file, as the hub likes it
 
 def save(model: nn.Module, tokenizer, out_dir: str | Path, head: Tensor | None = None) -> None:
     """With `head` (1, C) the directory is a ...ForSequenceClassification reward model with one label."""
+    if not isinstance(model.config, ModelConfig):
+        from checkpoints import others  # not at the top: it uses what stands below
+        return others.save(model, tokenizer, out_dir)
     out_dir = Path(out_dir)
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise UserError("the model still carries LoRA adapters: lora.merge it (or lora.save the adapter), then "

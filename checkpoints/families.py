@@ -354,8 +354,9 @@ def chatglm(raw: dict) -> ModelConfig:
     layers, first = raw["num_layers"], raw.get("vocab_size", 130528) > 150000
     ids = (raw.get("bos_token_id", 150004 if first else 130004), raw.get("gmask_token_id", 150001 if first else 130001),
            raw.get("mask_token_id", 150000 if first else 130000))
-    return read(raw, "gelu_new", **PLAIN | {"norm_eps": raw.get("layernorm_epsilon", 1e-5)}, positions="rope_2d",
-                prefix_ids=ids, residual_from_norm=math.sqrt(2 * layers))
+    return read({"tie_word_embeddings": True, **raw}, "gelu_new", **PLAIN | {
+        "norm_eps": raw.get("layernorm_epsilon", 1e-5)}, positions="rope_2d", prefix_ids=ids,
+        residual_from_norm=math.sqrt(2 * layers))
 
 
 CHATGLM = table("layers.*.", NORMS | MEGATRON | {"attention.query_key_value": FUSED, "attention.dense": "o_proj"},
@@ -460,6 +461,8 @@ FAMILIES: dict[str, Family] = {
     "olmo": Family(newer.olmo, LLAMA), "olmo2": Family(newer.olmo2, newer.OLMO2),
     "olmo3": Family(newer.olmo3, newer.OLMO2),
     "hf_olmo": Family(newer.olmo_first, newer.OLMO_FIRST, ("model.transformer.", "transformer.")),
+    "helium": Family(newer.helium, LLAMA, rope="pairs"), "seed_oss": Family(newer.seed_oss, LLAMA),
+    "arcee": Family(newer.arcee, LLAMA),
     "nanochat": Family(newer.nanochat, newer.NANOCHAT, rope="swapped"), "qwen": Family(newer.qwen, newer.QWEN, **GPT),
     "granite": Family(newer.granite, LLAMA, **MULTIPLIED), "minicpm": Family(newer.minicpm, LLAMA, **MULTIPLIED),
     "cohere": Family(newer.cohere, LLAMA, rope="pairs", **MULTIPLIED),

@@ -157,6 +157,22 @@ OLMO_FIRST = table("blocks.*.", {
     embed_tokens="wte", lm_head="ff_out")
 
 
+def helium(raw: dict) -> ModelConfig:
+    """Helium 1: its files pair neighbouring numbers for RoPE; a bias on q, k, v is none on o."""
+    return replace(llama({"rms_norm_eps": 1e-8, "head_dim": 128, **raw}), out_bias=False)
+
+
+def seed_oss(raw: dict) -> ModelConfig:
+    """Seed-OSS: biases on q, k, v, and a key of its own for the one on o."""
+    config = llama({"head_dim": 128, "attention_bias": True, **raw})
+    return replace(config, out_bias=bool(raw.get("attention_out_bias", False)))
+
+
+def arcee(raw: dict) -> ModelConfig:
+    """AFM: an MLP without a gate, relu squared."""
+    return replace(llama({"rms_norm_eps": 1e-5, "hidden_act": "relu2", **raw}), glu=False)
+
+
 def nanochat(raw: dict) -> ModelConfig:
     """Norms without weights everywhere, on q and k too (behind RoPE there; a rotation does not change a length)."""
     return replace(llama(raw), norm_weight=False, embed_norm=True, qk_norm="head", glu=False,

@@ -855,12 +855,11 @@ def test_names_have_their_published_size(name, monkeypatch, tmp_path):
 def test_every_name_builds_a_model():
     from checkpoints.__main__ import parameters
     for name, (repo, changes) in checkpoints.names().items():
-        config = ModelConfig(**changes)
+        config = checkpoints.read_config(name)
         assert name == name.lower() and repo.count("/") == 1
-        assert config.hidden_size % config.num_heads == 0 or "head_dim" in changes, name
-        assert parameters(config) == count(config), name
-    makers = {name.split("-", 1)[0] for name in checkpoints.names()}
-    assert makers == {"smollm2", "tinyllama", "llama", "mistral", "qwen2.5", "yi"}
+        assert "head_dim" in changes or not hasattr(config, "num_heads") or config.hidden_size % config.num_heads == 0
+        if name in COUNTS:
+            assert parameters(config) == count(config), name
 
 
 def test_names_are_found_in_models_and_in_the_folder_of_the_environment(saved, tmp_path, monkeypatch):
@@ -961,7 +960,7 @@ def test_command_convert_and_show(saved, tmp_path):
 def test_command_names(tmp_path):
     done = run("names", cwd=tmp_path)
     assert done.returncode == 0, done
-    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line and line[0] != "#"}
     assert lines.keys() == checkpoints.names().keys()
     assert "6.7B" in lines["llama-7b"] and "huggyllama/llama-7b" in lines["llama-7b"]
 

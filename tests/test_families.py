@@ -26,6 +26,7 @@ MPT = {"vocab_size": 97, "d_model": 48, "n_heads": 4, "n_layers": 3, "max_seq_le
 
 # name: (transformers' class, its config). Sizes are all different, so that a mixed-up axis is a shape error.
 MODELS = {
+    "llama": ("Llama", SIZES | {"intermediate_size": 80, "rms_norm_eps": 1e-6}),
     "llama 3.1": ("Llama", SIZES | GQA | {"rope_parameters": LLAMA3}),
     "mistral 0.1": ("Mistral", SIZES | GQA | {"sliding_window": 7}),
     "mistral nemo": ("Mistral", SIZES | GQA | {"sliding_window": None, "head_dim": 20}),
@@ -73,6 +74,10 @@ MODELS = {
     "olmo": ("Olmo", SIZES | GQA | {"clip_qkv": 0.8}), "olmo2": ("Olmo2", SIZES | GQA),
     "glm4 9b": ("Glm", SIZES | GQA | {"head_dim": 20}), "glm4 0414": ("Glm4", SIZES | GQA | {"head_dim": 20}),
     "openai-gpt": ("OpenAIGPT", GPT2),
+    "helium": ("Helium", SIZES | GQA | {"head_dim": 12, "attention_bias": True}),
+    "seed oss": ("SeedOss", SIZES | GQA | {"head_dim": 20}),
+    "arcee": ("Arcee", SIZES | GQA | {"mlp_bias": True, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}}),
     "nanochat": ("NanoChat", SIZES | {"intermediate_size": 100, "num_key_value_heads": 2})}
 HEADS = {"GPT2": "GPT2LMHeadModel", "OpenAIGPT": "OpenAIGPTLMHeadModel"}
 IDS = random_ids(2, 40)

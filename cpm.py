@@ -38,6 +38,7 @@ class CPMConfig:
     head_dim: int = 128                    # D
     num_buckets: int = 512                 # of distances
     max_distance: int = 2048               # from here on all distances share one bucket
+    max_positions: int = 2048              # the length it was trained on; nothing ends there
     prompt_length: int = 32                # P
     prompt_types: int = 32
     segment_types: int = 32

@@ -35,6 +35,7 @@ class T5Config:
     head_dim: int = 64                     # D; H * D need not be C
     num_buckets: int = 32                  # of distances
     max_distance: int = 128                # from here on all distances share one bucket
+    max_positions: int = 512               # the length it was trained on; nothing ends there
     norm_eps: float = 1e-6
     activation: str = "relu"
     gated: bool = False                    # v1.1: act(gate(x)) * up(x)

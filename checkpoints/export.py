@@ -24,6 +24,9 @@ def save(model: nn.Module, tokenizer, out_dir: str | Path, head: Tensor | None =
     """With `head` (1, C) the directory is a ...ForSequenceClassification reward model with one label."""
     if not isinstance(model.config, ModelConfig):
         from checkpoints import others  # not at the top: it uses what stands below
+        if head is not None:
+            raise UserError(f"a reward model of {type(model.config).__name__} has no public layout: train it as an "
+                            "adapter, --lora_r 16")
         return others.save(model, tokenizer, out_dir)
     out_dir = Path(out_dir)
     if any("lora_" in name for name, _ in model.named_parameters()):

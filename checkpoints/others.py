@@ -72,7 +72,7 @@ def t5(raw: dict) -> T5Config:
         num_heads=number(raw, "num_heads"), head_dim=number(raw, "d_kv"),
         num_buckets=number(raw, "relative_attention_num_buckets", 32),
         max_distance=number(raw, "relative_attention_max_distance", 128),
-        norm_eps=number(raw, "layer_norm_epsilon", 1e-6),
+        max_positions=number(raw, "n_positions", 512), norm_eps=number(raw, "layer_norm_epsilon", 1e-6),
         activation="gelu_tanh" if how == "gated-gelu" else readers.ACTIVATION_NAMES[act], gated=gated,
         scale_output=raw["model_type"] == "t5" and bool(raw.get("scale_decoder_outputs", tied)), tie_embeddings=tied,
         decoder_start_id=start)
@@ -84,6 +84,7 @@ def cpm(raw: dict) -> CPMConfig:
         intermediate_size=number(raw, "dim_ff"), num_layers=number(raw, "num_hidden_layers"),
         num_heads=number(raw, "num_attention_heads"), head_dim=number(raw, "dim_head"),
         num_buckets=number(raw, "position_bias_num_buckets"), max_distance=number(raw, "position_bias_max_distance"),
+        max_positions=number(raw, "position_bias_max_distance"),
         prompt_length=number(raw, "prompt_length"), prompt_types=number(raw, "prompt_types"),
         segment_types=number(raw, "segment_types"), norm_eps=number(raw, "eps", 1e-6))
 
@@ -341,9 +342,9 @@ def hf_config(config: object, dtype: torch.dtype) -> dict:
             "architectures": ["CpmAntForCausalLM"], "model_type": "cpmant", "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
             "dim_head": config.head_dim, "dim_ff": config.intermediate_size,
-            "position_bias_num_buckets": config.num_buckets,
-            "position_bias_max_distance": config.max_distance, "prompt_length": config.prompt_length, "prompt_types":
-            config.prompt_types, "segment_types": config.segment_types, "eps": config.norm_eps}
+            "position_bias_num_buckets": config.num_buckets, "position_bias_max_distance": config.max_distance,
+            "prompt_length": config.prompt_length, "prompt_types": config.prompt_types,
+            "segment_types": config.segment_types, "eps": config.norm_eps}
     act = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}[config.activation]
     act = ("gated-gelu" if act == "gelu_new" else "gated-" + act) if config.gated else act
     return always | {
@@ -351,5 +352,6 @@ def hf_config(config: object, dtype: torch.dtype) -> dict:
         "d_model": config.hidden_size, "d_ff": config.intermediate_size, "d_kv": config.head_dim,
         "num_layers": config.num_layers, "num_decoder_layers": config.num_decoder_layers, "num_heads": config.num_heads,
         "relative_attention_num_buckets": config.num_buckets, "relative_attention_max_distance": config.max_distance,
-        "layer_norm_epsilon": config.norm_eps, "feed_forward_proj": act, "tie_word_embeddings": config.scale_output,
+        "n_positions": config.max_positions, "layer_norm_epsilon": config.norm_eps, "feed_forward_proj": act,
+        "tie_word_embeddings": config.scale_output,
         "scale_decoder_outputs": config.scale_output, "decoder_start_token_id": config.decoder_start_id}

@@ -12,13 +12,18 @@ import pytest
 import torch
 from conftest import assert_close, byte_tokenizer, error, random_ids
 from safetensors.torch import load_file, save_file
+from test_memory import peak_bytes
+from test_scripts import TINY, figure, run, write_rows
 from torch import Tensor, nn
 
 import checkpoints
 import lora
+import memory
 import rwkv
+import sft
 from checkpoints import others
 from common import UserError
+from data import batch as data_batch
 from data import tokenizer as tokenizers
 from rwkv import RWKV, RWKVConfig, State
 
@@ -393,3 +398,77 @@ def test_a_pth_file_that_is_something_else(tmp_path):
                          (lambda s: s.update({"emb.weight": torch.ones(3)}), "no matrix")):
         with pytest.raises(UserError, match=says):
             checkpoints.load(blinkdl(tiny(), tmp_path / "x.pth", change))
+
+
+# ---------------------------------------------------------------- training
+
+def rows(*lengths: int) -> list[dict]:
+    """As data.batch makes them: two ids of prompt, then supervised ids."""
+    return [{"ids": random_ids(1, n, n)[0].tolist(), "mask": [0, 0] + [1] * (n - 2)} for n in lengths]
+
+
+def test_sft_loss_and_gradients_of_packed_rows_are_those_of_single_ones():
+    model, talks = tiny(torch.float64).train(), rows(5, 9, 3, 6, 4)
+    n = sum(sum(row["mask"]) for row in talks)
+    bins = list(data_batch.pack([{**row, "where": ""} for row in talks], 14))
+    assert len(bins) == 2
+    results = []
+    for part in (bins, *([row] for row in talks)):
+        ids, docs, mask = sft.collate(part, 0, "cpu")
+        assert (docs is None) == (part is not bins)
+        model.zero_grad()
+        loss = sft.batch_loss(model, ids, docs, mask, n)
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    (loss, grads), *alone = results
+    assert_close(loss[None], sum(x for x, _ in alone)[None], 1e-6)
+    for i, g in enumerate(grads):
+        assert_close(g, sum(x[i] for _, x in alone), 1e-5, i)
+
+
+@pytest.mark.parametrize("r", [0, 8])
+def test_sft_learns_and_its_model_is_transformers_too(tmp_path, r):
+    """The script as a user runs it, with packing; then the text of the trained model, and transformers' logits."""
+    from transformers import AutoModelForCausalLM
+    byte_tokenizer(tmp_path / "t")
+    tokenizer = tokenizers.load_tokenizer(tmp_path / "t")
+    model = scatter(RWKV(RWKVConfig(vocab_size=259, hidden_size=64, num_layers=2)))
+    checkpoints.save(model, tokenizer, tmp_path / "base")
+    write_rows(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "yes"}]}
+                                      for c in "abcdefgh" * 12])
+    out = run("sft.py", "--init", tmp_path / "base", "--data", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out",
+              "--steps", 60, "--lora_r", r, "--lr", "5e-3", "--batch_size", 8, "--max_len", 128, "--answer_len", 8, *TINY)
+    assert "GATE sft PASS" in out and figure(tmp_path / "out", "eval/loss", -1) < 0.1 < figure(
+        tmp_path / "out", "eval/loss", 0)
+    trained, tokenizer = checkpoints.load(tmp_path / "out/model")
+    prompt = torch.tensor([tokenizer.render([{"role": "user", "content": "q"}], add_generation_prompt=True)[0]])
+    text = trained.generate(prompt, 8, temperature=0.0, eos_ids=tokenizer.eos_ids)[0].tolist()
+    assert tokenizer.decode(text) == "yes<|im_end|>"
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").eval()
+    with torch.no_grad():
+        assert_close(trained(prompt), ask(reference, prompt), 2e-5)
+        if r:                                                                 # the adapter on the base is the same model
+            assert_close(checkpoints.load(tmp_path / "base", lora=[tmp_path / "out/adapter"])[0](prompt),
+                         trained(prompt), 1e-5)
+
+
+@pytest.mark.parametrize("r, dtype", [(0, torch.float32), (8, torch.float32), (8, torch.bfloat16)])
+def test_memory_estimate_against_the_real_peak(r, dtype):
+    config = RWKVConfig(vocab_size=500, hidden_size=128, num_layers=6)
+    for on in (False, True):
+        plan = memory.Plan(config, "sft", 4, 100, lora_r=r, dtype=dtype, checkpointing=on)
+        model = checkpoints.build(config, dtype)
+        if r:
+            lora.apply(model, r, 16.0, name="sft")
+        model.checkpointing = on
+
+        def step(model=model):
+            with lora.use(model, "sft" if r else None):
+                model.hidden(random_ids(4, 100)).float().square().mean().backward()
+        step()
+        assert memory.activations(plan) == pytest.approx(peak_bytes(step), rel=0.3 if on else 0.1)
+    table = memory.estimate(config, "sft", lora_r=r, dtype=dtype)
+    real = [p for p in model.parameters()]
+    assert table.roles[0].weights + (table.roles[1].weights if r else 0) == sum(p.numel() * p.element_size() for p in real)
+    with pytest.raises(UserError, match="not RWKVConfig"):
+        memory.estimate(config, "ppo")

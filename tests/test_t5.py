@@ -10,12 +10,17 @@ import pytest
 import torch
 from conftest import assert_close, byte_tokenizer, error, random_ids
 from safetensors.torch import load_file, save_file
+from test_memory import peak_bytes
+from test_scripts import TINY, figure, run, write_rows
 from torch import Tensor
 
 import checkpoints
 import lora
+import memory
+import sft
 import t5
 from common import UserError
+from data import batch as data_batch
 from data import tokenizer as tokenizers
 from t5 import T5, T5Config
 
@@ -326,3 +331,84 @@ def test_bad_files_are_named(tmp_path, change, says):
     with pytest.raises(UserError, match=says) as caught:
         checkpoints.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+# ---------------------------------------------------------------- training
+
+def rows(*lengths: tuple[int, int]) -> list[dict]:
+    """(prompt, answer) lengths -> rows as data.batch.last_answers makes them."""
+    return [{"ids": random_ids(1, p + a, 10 * p + a)[0].tolist(), "mask": [0] * p + [1] * a} for p, a in lengths]
+
+
+def test_sft_loss_and_gradients_are_transformers(tmp_path):
+    """Prompts and answers of all lengths in one batch; labels of -100 are transformers' way to leave a pad out."""
+    reference = theirs(tmp_path, "v1.0")
+    model, talks = checkpoints.load(tmp_path)[0], rows((3, 5), (7, 2), (1, 6), (4, 1))
+    ids, docs, mask = sft.collate(talks, 96, "cpu")
+    assert docs is None
+    loss = sft.batch_loss(model, ids, docs, mask)
+    loss.backward()
+    prompts = [row["ids"][:row["mask"].index(1)] for row in talks]
+    answers = [row["ids"][row["mask"].index(1):] for row in talks]
+    (given, seen), (labels, real) = (data_batch.pad(x, 0) for x in (prompts, answers))
+    expected = reference(input_ids=given, attention_mask=seen, labels=labels.masked_fill(real == 0, -100)).loss
+    expected.backward()
+    assert_close(loss[None], expected[None], 1e-5)
+    there = dict(reference.named_parameters())
+    for name, p in model.named_parameters():
+        assert_close(p.grad, there[checkpoints.others.file_name(model.config, name)].grad, 1e-4, name)
+
+
+def test_micro_batches_add_up(tmp_path):
+    theirs(tmp_path)
+    model, talks = checkpoints.load(tmp_path, dtype=torch.float64)[0], rows((3, 5), (7, 2), (1, 6), (4, 1))
+    whole = sft.batch_loss(model, *sft.collate(talks, 0, "cpu"))
+    parts = [sft.batch_loss(model, *sft.collate(part, 0, "cpu"), 14) for part in (talks[:1], talks[1:])]
+    assert_close(whole[None], sum(parts)[None], 1e-6)
+
+
+@pytest.mark.parametrize("kind, r", [("v1.0", 8), ("v1.1", 0)])
+def test_sft_learns_and_its_model_is_transformers_too(tmp_path, kind, r):
+    """The script as a user runs it, two turns a conversation: the prompt in the encoder, the last answer, which
+    depends on the question, in the decoder."""
+    from transformers import T5ForConditionalGeneration
+    byte_tokenizer(tmp_path / "t")
+    tokenizer = tokenizers.load_tokenizer(tmp_path / "t")
+    torch.manual_seed(0)
+    gated = {"gated": True, "activation": "gelu_tanh", "scale_output": False, "tie_embeddings": False}
+    model = T5(T5Config(vocab_size=259, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, head_dim=16,
+                        **(gated if kind == "v1.1" else {})))
+    checkpoints.save(model, tokenizer, tmp_path / "base")
+    talk = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": c},
+             {"role": "assistant", "content": "yes" if c < "e" else "no"}] for c in "abcdefgh" * 20]
+    write_rows(tmp_path / "d.jsonl", [{"messages": messages} for messages in talk])
+    out = run("sft.py", "--init", tmp_path / "base", "--data", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out",
+              "--steps", 100, "--lora_r", r, "--lr", "2e-2" if r else "4e-3", "--batch_size", 16, "--max_len", 160,
+              "--answer_len", 8, *TINY)
+    assert "GATE sft PASS" in out and "earlier answers read as prompt" in out
+    assert figure(tmp_path / "out", "eval/loss", -1) < 0.15 < 4 < figure(tmp_path / "out", "eval/loss", 0)
+    trained, tokenizer = checkpoints.load(tmp_path / "out/model")
+    reference = T5ForConditionalGeneration.from_pretrained(tmp_path / "out/model").eval()
+    for messages in talk[:8]:
+        prompt = torch.tensor([tokenizer.render(messages[:3], add_generation_prompt=True)[0]])
+        text = trained.generate(prompt, 8, temperature=0.0, eos_ids=tokenizer.eos_ids)
+        assert tokenizer.decode(text[0].tolist()) == messages[3]["content"] + "<|im_end|>"
+        expected = reference.generate(prompt, do_sample=False, num_beams=1, max_new_tokens=8)
+        assert expected[0, 1:].tolist() == text[0].tolist()
+
+
+@pytest.mark.parametrize("r, dtype", [(0, torch.float32), (8, torch.float32), (8, torch.bfloat16)])
+def test_memory_estimate_against_the_real_peak(r, dtype):
+    config = T5Config(vocab_size=500, hidden_size=128, intermediate_size=344, num_layers=4, num_heads=8, head_dim=16)
+    for on in (False, True):
+        plan = memory.Plan(config, "sft", 4, 100, lora_r=r, dtype=dtype, checkpointing=on)
+        model, ids = checkpoints.build(config, dtype), random_ids(4, 100)
+        if r:
+            lora.apply(model, r, 16.0, name="sft")
+        model.checkpointing = on
+
+        def step(model=model, ids=ids):
+            with lora.use(model, "sft" if r else None):
+                model.hidden(ids, decoder_ids=ids).float().square().mean().backward()
+        step()
+        assert memory.activations(plan) == pytest.approx(peak_bytes(step), rel=0.3 if on else 0.1)

@@ -54,7 +54,8 @@ def random_blocks(rng, kind: int, n: int) -> np.ndarray:
 
 
 # where the fp16 scales of a block begin (gguf-py's ggml-common structs)
-SCALES = {2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208]}
+SCALES = {2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208],
+          20: [0], 23: [0]}
 
 
 def writer_for(path, config, arch: str = "llama"):
@@ -118,6 +119,7 @@ def test_every_block_type_equals_gguf_py(kind, tmp_path):
     rng = np.random.default_rng(kind)
     weights, size, unpack = KINDS[kind]
     assert (weights, size) == gguf.GGML_QUANT_SIZES[Q(kind)]
+    assert unpack.__name__.upper() == Q(kind).name
     if kind in SCALES:
         blocks = random_blocks(rng, kind, 300)
     else:
@@ -143,7 +145,7 @@ def test_llama_files_equal_transformers(kind, tied, tmp_path):
     assert checkpoints.read_config(tmp_path / "m.gguf") == config
 
 
-@pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K], ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS], ids=lambda k: k.name)
 def test_k_quants_equal_transformers(kind, tmp_path):
     config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=64, num_layers=1)
     theirs, _ = twins(config)
@@ -476,5 +478,5 @@ def test_missing_key_and_unknown_architecture_are_named(tmp_path):
     w = writer_for(tmp_path / "n.gguf", tiny_config(), "mamba")
     w.add_tensor("token_embd.weight", np.ones((4, 4), dtype=np.float32))
     finish(w)
-    with pytest.raises(UserError, match=r"n\.gguf: model_type 'mamba' is not a family that is known; known: llama"):
+    with pytest.raises(UserError, match=r"n\.gguf: GGUF files of architecture 'mamba' cannot be read; known: llama"):
         checkpoints.load(tmp_path / "n.gguf")

@@ -68,8 +68,8 @@ class Lora:
                 raise UserError(f"{where}: {key} is set: an adapter that {what} cannot be merged")
         start = str(c.get("init_lora_weights")).lower()
         if any(start.startswith(kind) for kind in CHANGED_BASE):
-            raise UserError(f"{where}: init_lora_weights is {start!r}, which changed the base as well. Save the adapter "
-                            "with peft's path_initial_model_for_weight_conversion, which makes it a plain LoRA")
+            raise UserError(f"{where}: init_lora_weights is {start!r}, which changed the base as well. Save the "
+                            "adapter with peft's path_initial_model_for_weight_conversion: it makes a plain LoRA of it")
         patterns = c.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise UserError(f"{where}: alpha_pattern is {str(patterns)[:60]}, expected an object")
@@ -121,6 +121,9 @@ class Lora:
         if not fits or there != ((a[1], b[0]) if self.turned(name, pair, there) else (b[0], a[1])):
             raise UserError(f"{self.file}: {name}: A is {a} and B {b}, the base has {there}")
         norms = math.prod(pair["lora_magnitude_vector"].shape) if "lora_magnitude_vector" in pair else b[0]
+        if (dora := "lora_magnitude_vector" in pair) is not bool(self.config.get("use_dora")):
+            raise UserError(f"{self.file}: {name} has {'a' if dora else 'no'} magnitude vector, but use_dora in "
+                            f"adapter_config.json is {self.config.get('use_dora')}")
         if norms != b[0]:
             raise UserError(f"{self.file}: {name}: the magnitude has {norms} numbers, B {b[0]} rows")
 
@@ -148,7 +151,7 @@ class Lora:
             return tensor
         pair = self.halves[name]
         turn = self.turned(name, pair, tensor.shape)
-        half = {name.removeprefix("lora_embedding_").removeprefix("lora_"): e.read().float() for name, e in pair.items()}
+        half = {kind.removeprefix("lora_").removeprefix("embedding_"): e.read().float() for kind, e in pair.items()}
         A, B, m = half["A"], half["B"], half.get("magnitude_vector")
         W = tensor.to(torch.float32, copy=True)                # summed in place: no third matrix of this size
         W.addmm_(A.T, B.T, alpha=self.scale(name, len(A))) if turn else W.addmm_(B, A, alpha=self.scale(name, len(A)))
@@ -172,8 +175,8 @@ class Delta:
         ours, theirs = ({n for n in s.entries if not NO_WEIGHTS.fullmatch(n)} for s in (source, self.source))
         if odd := sorted(ours ^ theirs):
             where = "the base" if odd[0] in ours else "the delta"
-            raise UserError(f"{folder}: tensor {odd[0]} is only in {where} ({len(odd)} such tensors): the delta belongs "
-                            "to another base")
+            raise UserError(f"{folder}: tensor {odd[0]} is only in {where} ({len(odd)} such tensors): the delta is one "
+                            "of another base")
         for name in sorted(theirs):
             self.check(name, source.shape(name), self.source.shape(name))
 
@@ -225,7 +228,8 @@ def untie(source: formats.Source, patch: Lora) -> None:
         head = "embed_out.weight" if source.config.get("model_type") == "gpt_neox" else "lm_head.weight"
     before = formats.Source(source.path, source.config, dict(source.entries), list(source.patches))
     entry = source.entries[embedding]
-    source.entries[head] = formats.Entry(source.shape(embedding), lambda: before.read(embedding), entry.file, entry.kind)
+    source.entries[head] = formats.Entry(source.shape(embedding), lambda: before.read(embedding), entry.file,
+                                         entry.kind)
     for config in parts(source.config):
         config["tie_word_embeddings"] = False
 

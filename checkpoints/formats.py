@@ -32,7 +32,8 @@ from common import UserError
 # What a tensor is stored as, in the words of safetensors; GGUF adds its block formats (Q4_K ...).
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+          "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+          "F8_E5M2": torch.float8_e5m2}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
@@ -101,6 +102,14 @@ def open_file(path: Path) -> Source:
         return open_nanogpt(path)
     raise UserError(f"{path}: a file of this kind is not known; expected .gguf, consolidated.*.pth, nanoGPT's ckpt.pt, "
                     "llama2.c's .bin, or a directory")
+
+
+def check_plain(source: Source) -> None:
+    """Weights that GPTQ, AWQ, bitsandbytes or fp8 packed are no matrices: their names are there, their numbers not."""
+    if quantised := source.config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{source.path}: its weights are packed by {str(method)[:40]!r}; of quantised files only GGUF "
+                        "is read. Take the model's original weights, or a GGUF file of it")
 
 
 def list_names(path: Path) -> str:

@@ -265,7 +265,7 @@ def count_positions(docs: Tensor) -> Tensor:
 def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """GLM (Du et al. 2022, arXiv 2103.10360, section 2.1): text with a hole, <sop>, what fills the hole. Positions stay
     at the hole from <sop> on, blocks count from there; the context sees all of itself. Documents without <sop> have no
-    context. (B, S) each:   ids a b [gMASK] <sop> x y -> positions 0 1 2 2 2 2, blocks 0 0 0 1 2 3, context 1 1 1 0 0 0"""
+    context.  ids a b [gMASK] <sop> x y -> positions 0 1 2 2 2 2, blocks 0 0 0 1 2 3, context 1 1 1 0 0 0  (B, S) each"""
     S = ids.shape[1]
     index = torch.arange(S, device=ids.device)
     same = (docs[:, :, None] == docs[:, None]) & (docs > 0)[:, None]           # (B, S, S)
@@ -287,7 +287,7 @@ SHORT = 256      # queries up to which a CPU does better with plain matrix produ
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D), their mask and ids (B, S)."""
+    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D); their mask, ids (B, S)."""
     def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype):
         shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
@@ -322,7 +322,8 @@ def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: T
         return bias
     slopes = alibi_slopes(config.num_heads, config.alibi_max).to(docs.device)[:, None, None]   # (H, 1, 1)
     if config.alibi_rounded:
-        return (bias + slopes.bfloat16() * positions[:, None, None].bfloat16() / math.sqrt(config.head_dim)).to(dtype)
+        rounded = (slopes.bfloat16() * positions[:, None, None].bfloat16()).float()
+        return (bias + rounded / math.sqrt(config.head_dim)).to(dtype)
     distance = positions[:, -queries:, None] - positions[:, None]              # (B, T, S)
     return (bias - slopes * distance[:, None].clamp(min=0)).to(dtype)
 
@@ -506,7 +507,7 @@ class Transformer(nn.Module):
             docs, ids = cache.docs[:, :new.stop], cache.ids[:, :new.stop]
         positions, blocks, context, S = count_positions(docs), None, None, docs.shape[1]
         if config.positions.startswith("learned") and (last := int(positions.max())) >= config.max_positions:
-            raise ValueError(f"a text of {last + 1} tokens, but this model has learned {config.max_positions} positions")
+            raise ValueError(f"a text of {last + 1} tokens, this model has learned {config.max_positions} positions")
         if config.prefix_ids:
             positions, blocks, context = prefix_layout(ids, docs, positions, config.prefix_ids)
         full = None if plain else attention_bias(config, docs, T, positions, dtype, context)

@@ -15,7 +15,7 @@ import torch
 
 import checkpoints
 import common
-from checkpoints import adapters, families, formats
+from checkpoints import adapters, families, formats, hub
 from checkpoints.convert import convert
 from common import UserError
 from model import ModelConfig, Transformer
@@ -32,7 +32,7 @@ def parameters(config: ModelConfig) -> int:
 
 
 def print_names() -> None:
-    for name, (repo, changes) in families.NAMES.items():
+    for name, (repo, changes) in hub.NAMES.items():
         here = next((where for where, paths in checkpoints.places(name) if paths), "")
         print(f"{name:24} {common.human(parameters(ModelConfig(**changes))):>6}  {repo:44} {here}")
 
@@ -99,9 +99,9 @@ def show_tensors(source: formats.Source, line) -> None:
         groups.setdefault((pattern, entry.shape, entry.kind), []).append(name)
     first = min(files, key=lambda f: f.name)
     numbers = sum(math.prod(e.shape) for e in source.entries.values())
-    line("file", f"{len(source.entries)} tensors in {len(files)} file(s) ({first.name}"
-         f"{' ...' if len(files) > 1 else ''}), {sum(f.stat().st_size for f in files) / 1e9:.2f} GB, {numbers:,} numbers: "
-         + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
+    size = sum(f.stat().st_size for f in files) / 1e9
+    line("file", f"{len(source.entries)} tensors in {len(files)} file(s) ({first.name}{' ...' if len(files) > 1 else ''}"
+         f"), {size:.2f} GB, {numbers:,} numbers: " + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
     for (pattern, shape, kind), names in groups.items():
         print(f"    {f'{len(names)} x' if len(names) > 1 else '':>6} {pattern:60} {str(tuple(shape)):20} {kind}")
 

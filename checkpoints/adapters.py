@@ -26,7 +26,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddi
 HEADS = ("lm_head.weight", "embed_out.weight", "output_layer.weight", "output.weight")
 CONV1D = ("gpt2", "openai-gpt", "imagegpt")                   # families that store matrices as (in, out)
 # Tensors of old files that hold no weights: tables and masks that every program computes for itself.
-NO_WEIGHTS = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)")
+NO_WEIGHTS = re.compile(r".*(rotary_(pos_)?emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)")
 HALVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # Initialisations that also change the base: the adapter alone is then not what was trained.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

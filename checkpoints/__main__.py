@@ -100,8 +100,9 @@ def show_tensors(source: formats.Source, line) -> None:
     first = min(files, key=lambda f: f.name)
     numbers = sum(math.prod(e.shape) for e in source.entries.values())
     size = sum(f.stat().st_size for f in files) / 1e9
-    line("file", f"{len(source.entries)} tensors in {len(files)} file(s) ({first.name}{' ...' if len(files) > 1 else ''}"
-         f"), {size:.2f} GB, {numbers:,} numbers: " + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
+    line("file", f"{len(source.entries)} tensors in {len(files)} file(s) ({first.name}"
+         + (" ...)" if len(files) > 1 else ")") + f", {size:.2f} GB, {numbers:,} numbers: "
+         + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
     for (pattern, shape, kind), names in groups.items():
         print(f"    {f'{len(names)} x' if len(names) > 1 else '':>6} {pattern:60} {str(tuple(shape)):20} {kind}")
 

@@ -133,8 +133,8 @@ def rounded(source: formats.Source, name: str, shape: tuple, kind: str) -> Tenso
     out = tensor.to(formats.DTYPES[kind])
     if (source.patches or kind == "F16") and out.is_floating_point() and not bool(torch.isfinite(out).all()):
         if bool(torch.isfinite(source.entries[name].read()).all()):
-            raise UserError(f"{source.path}: tensor {name} is not finite as {kind}: the adapter or delta is of another "
-                            "base, or the values are too large for fp16 (--dtype bf16)")
+            why = "too large for fp16: --dtype bf16" if kind == "F16" else "the adapter or delta is of another base"
+            raise UserError(f"{source.path}: tensor {name} is not finite as {kind}: {why}")
     return out
 
 

@@ -390,8 +390,7 @@ def open_nanogpt(path: Path) -> Source:
                   "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
     except KeyError as missing:
         raise UserError(f"{path}: model_args lacks {missing}") from None
-    families.check_numbers({"vocab_size": args["vocab_size"], "hidden_size": args["n_embd"],
-                            "num_layers": args["n_layer"]}, f"{path}: model_args")
+    families.check_numbers(config, f"{path}: model_args")
     entries = {}
     for name, entry in pickle_entries(path).items():
         name = name.removeprefix("_orig_mod.").removeprefix("module.")         # torch.compile's, DDP's

@@ -81,8 +81,8 @@ class ModelConfig:
     clip_qkv: float | None = None      # q, k, v are clamped to +-clip [MPT-storywriter, OLMo]
     window: int | None = None          # a token sees itself and window - 1 before it [Mistral 0.1] ...
     full_layers: tuple[int, ...] = ()  # ... but in these layers everything [Gemma, GPT-Neo]
-    prefix_ids: tuple[int, ...] = ()   # <sop>, [gMASK], [MASK]: what stands before <sop> sees all of itself [GLM]
-    top_query: bool = False            # the last layer asks with learned positions [PanGu, CodeGeeX]
+    prefix_ids: tuple[int, ...] = ()   # <sop>, [gMASK], [MASK] ..: what stands before <sop> sees all of itself [GLM]
+    top_query: str = ""                # the last layer asks with positions: before | after the final norm [PanGu]
     # --- MLP ---
     activation: str = "silu"
     glu: bool = True                   # down(act(gate(x)) * up(x)); False: down(act(up(x)))
@@ -101,9 +101,9 @@ class ModelConfig:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")
-        if self.positions.endswith("2d") != (len(self.prefix_ids) == 3):
+        if self.positions.endswith("2d") != (len(self.prefix_ids) > 1):
             raise ValueError(f"positions {self.positions!r} with prefix_ids {self.prefix_ids}: GLM needs the ids of "
-                             "<sop>, [gMASK] and [MASK], others have none")
+                             "<sop> and of the holes, [gMASK] first; others have none")
         if self.rope_scaling and "rope_type" not in self.rope_scaling and "type" in self.rope_scaling:
             self.rope_scaling = {"rope_type": self.rope_scaling["type"], **self.rope_scaling}   # the spelling of 2023
         if self.positions == "rope":
@@ -118,7 +118,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_squared": lambda x: F.relu(x).square(), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 CHOICES = {"norm": ("rms", "layer"), "block": ("pre", "post", "sandwich", "inner"), "parallel": (0, 1, 2),
            "positions": ("rope", "learned", "alibi", "none", "rope_2d", "learned_2d"),
-           "qk_norm": ("", "head", "own", "full"), "activation": tuple(ACTIVATIONS)}
+           "qk_norm": ("", "head", "own", "full"), "top_query": ("", "before", "after"),
+           "activation": tuple(ACTIVATIONS)}
 
 
 # ---------------------------------------------------------------- norm
@@ -263,9 +264,9 @@ def count_positions(docs: Tensor) -> Tensor:
 
 
 def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """GLM (Du et al. 2022, arXiv 2103.10360, section 2.1): text with a hole, <sop>, what fills the hole. Positions stay
-    at the hole from <sop> on, blocks count from there; the context sees all of itself. Documents without <sop> have no
-    context.  ids a b [gMASK] <sop> x y -> positions 0 1 2 2 2 2, blocks 0 0 0 1 2 3, context 1 1 1 0 0 0  (B, S) each"""
+    """GLM (Du et al. 2022, arXiv 2103.10360, section 2.1): text with a hole, <sop>, what fills the hole. From <sop> on
+    positions stay at the hole and blocks count; the context sees all of itself. Without <sop> there is no context.
+    ids a b [gMASK] <sop> x y -> positions 0 1 2 2 2 2, blocks 0 0 0 1 2 3, context 1 1 1 0 0 0     (B, S) each"""
     S = ids.shape[1]
     index = torch.arange(S, device=ids.device)
     same = (docs[:, :, None] == docs[:, None]) & (docs > 0)[:, None]           # (B, S, S)
@@ -273,8 +274,9 @@ def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tupl
     def first(token: int) -> Tensor:                                           # in one's own document; S = nowhere
         return torch.where((ids == token)[:, None] & same, index, S).amin(-1)
 
-    sop, gmask, mask = (first(token) for token in prefix_ids)
-    hole = torch.where(gmask < S, gmask, mask)
+    sop, hole, *others = (first(token) for token in prefix_ids)                # the kind of hole that is named first
+    for other in others:
+        hole = torch.where(hole < S, hole, other)
     behind = (index >= sop) & (docs > 0)
     blocks = (index - sop + 1) * behind
     positions = torch.where(behind & (hole < sop), positions.gather(1, hole.clamp(max=S - 1)), positions)
@@ -483,7 +485,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             local, asking = config.windowed(i), None
             if config.top_query and i == config.num_layers - 1:
-                x, asking = self.norm(x), self.embed_query(positions)
+                x, asking = self.norm(x) if config.top_query == "after" else x, self.embed_query(positions)
             where = (None if i in config.no_rope_layers else ropes[local], biases[local], cache, i, asking)
             if self.checkpointing and torch.is_grad_enabled():
                 context = {"context_fn": self.recompute_context} if self.recompute_context else {}
@@ -492,7 +494,7 @@ class Transformer(nn.Module):
                 x = layer(x, *where)
         if cache is not None:
             cache.length += T
-        return x if config.top_query else self.norm(x)
+        return x if config.top_query == "after" else self.norm(x)
 
     def layout(self, ids: Tensor, mask: Tensor | None, cache: Cache | None):
         """Which tokens see which, and where they stand: positions (B, T), GLM's blocks (B, T) or None, and the bias of

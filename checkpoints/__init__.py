@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints import adapters, families, formats, hub, layouts
+from checkpoints import adapters, families, formats, hub, layouts, readers
 from checkpoints.export import save
 from common import UserError
 from model import ModelConfig
@@ -124,7 +124,7 @@ def read_config(name_or_path: str | Path) -> ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """Where a model came from: enough to write it again as its family writes it."""
-    family: families.Family
+    family: readers.Family
     raw: dict                          # config.json
     recipes: list[layouts.Recipe]
 
@@ -169,7 +169,7 @@ def is_classifier(raw: dict) -> bool:
     return "ForSequenceClassification" in str(raw.get("architectures"))
 
 
-def check_layers(files: dict, config: ModelConfig, family: families.Family, where: Path) -> None:
+def check_layers(files: dict, config: ModelConfig, family: readers.Family, where: Path) -> None:
     """Before a model is built: a config of 4000 layers and a file of two need not cost minutes."""
     numbers = [int(number) for name in files for stem, number, _ in [layouts.split_name(name)]
                if number and len(number) < 7 and stem in family.names]
@@ -179,7 +179,7 @@ def check_layers(files: dict, config: ModelConfig, family: families.Family, wher
                         f"file has {there}")
 
 
-def settle_head(files: dict, config: ModelConfig, family: families.Family) -> None:
+def settle_head(files: dict, config: ModelConfig, family: readers.Family) -> None:
     """"Tied" in the config loses against another head in the file; the same head written twice is still tied."""
     if not getattr(config, "tie_embeddings", False):
         return
@@ -192,7 +192,7 @@ def settle_head(files: dict, config: ModelConfig, family: families.Family) -> No
             config.tie_embeddings = False
 
 
-def fill(model: nn.Module, files: dict[str, formats.Entry], family: families.Family, source: formats.Source,
+def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Family, source: formats.Source,
          device: torch.device, dtype: torch.dtype) -> list[layouts.Recipe]:
     """Names and shapes are compared before the first byte is read; then each tensor goes straight to its place."""
     where, as_there = source.path, {layouts.strip(n, family.prefixes): n for n in source.entries}
@@ -205,8 +205,8 @@ def fill(model: nn.Module, files: dict[str, formats.Entry], family: families.Fam
     extra = [as_there.get(n, n) for n in files if n not in used and not known.fullmatch(n)]
     if missing := [n for n in wanted if n not in filled]:
         hint = f"; the file has {extra[0]} ({len(extra)} tensors without a place)" if extra else ""
-        raise UserError(f"{where}: tensor {layouts.their_name(missing[0], family, as_there)} is missing ({len(missing)} "
-                        f"of {len(wanted)} parameters){hint}")
+        first = layouts.their_name(missing[0], family, as_there)
+        raise UserError(f"{where}: tensor {first} is missing ({len(missing)} of {len(wanted)} parameters){hint}")
     if extra:
         file = source.entries[extra[0]].file.name if extra[0] in source.entries else where
         raise UserError(f"{where}: tensor {extra[0]} of {file} has no place in this model ({len(extra)} such tensors): "

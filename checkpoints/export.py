@@ -112,8 +112,8 @@ def about(dtype: torch.dtype, tokenizer, classifier: bool) -> dict:
 
 
 PUBLIC = {"vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-          "max_positions", "norm_eps", "tie_embeddings", "rope_theta", "rope_scaling", "qkv_bias", "out_bias", "mlp_bias",
-          "activation"}                    # what LlamaConfig and Qwen2Config can say
+          "max_positions", "norm_eps", "tie_embeddings", "rope_theta", "rope_scaling", "qkv_bias", "out_bias",
+          "mlp_bias", "activation"}        # what LlamaConfig and Qwen2Config can say
 
 
 def hf_config(config: ModelConfig, classifier: bool) -> dict:

@@ -10,122 +10,15 @@ different models each (`chatglm`, `glm`): `find` tells them apart.
 """
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from checkpoints.layouts import Entries, derived
+from checkpoints.readers import LAYER_NORM, PLAIN, Family, activation, check_numbers, read, rope, table, window
 from common import UserError
-from model import ModelConfig, Transformer
-
-ACTIVATION_NAMES = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu", "relu": "relu", "relu2": "relu_squared",
-    "quick_gelu": "quick_gelu", "fast_gelu": "quick_gelu"}
-
-
-@dataclass(frozen=True)
-class Family:
-    config: Callable[[dict], ModelConfig]
-    names: dict[str, str]
-    prefixes: tuple[str, ...] = ("model.",)        # what may stand in front of the file's names
-    qkv: str | Callable[[ModelConfig], str] = "concat"         # how fused q, k, v are woven: layouts.qkv_rows
-    rope: str = "halves"                           # which numbers of a head RoPE pairs up: layouts.rope_rows
-    transposed: str = ""                           # regex: matrices that are stored (in, out)
-    plus_one: bool = False                         # norms store w of 1 + w
-    leftovers: str = r".*rotary_emb\.inv_freq"     # regex: tensors that hold no weights
-    prepare: Callable[[Entries, ModelConfig, dict], None] | None = None        # rewrites that a recipe cannot do
-    restore: Callable[[dict, ModelConfig, dict], bool] = lambda *_: False      # and back, for `save`; False: no way back
-    build: Callable[[ModelConfig], nn.Module] = Transformer
-
-    def cut(self, config: ModelConfig) -> str:
-        return self.qkv if isinstance(self.qkv, str) else self.qkv(config)
-
-    def is_transposed(self, name: str) -> bool:
-        return bool(self.transposed) and re.search(self.transposed, name) is not None
-
-
-# ---------------------------------------------------------------- what all readers share
-
-ALIASES = {"hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),
-           "intermediate_size": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "inner_hidden_size"),
-           "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-           "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-           "num_kv_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
-           "head_dim": ("head_dim", "kv_channels"),
-           "max_positions": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length",
-                             "max_sequence_length", "model_max_length"),
-           "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon", "norm_epsilon"),
-           "tie_embeddings": ("tie_word_embeddings",)}
-
-
-def activation(raw: dict, default: str) -> str:
-    name = next((raw[key] for key in ("hidden_activation", "hidden_act", "activation_function", "activation", "afn")
-                 if key in raw), default)
-    if name not in ACTIVATION_NAMES:
-        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATION_NAMES)}")
-    return ACTIVATION_NAMES[name]
-
-
-def read(raw: dict, act: str, **known) -> ModelConfig:
-    """Sizes under whatever name the family has for them, an MLP of 4 C where the file names no width, the activation
-    (act where it names none), and what the family knows."""
-    found = {ours: raw[key] for ours, keys in ALIASES.items() for key in reversed(keys) if key in raw}
-    if missing := {"hidden_size", "num_layers", "num_heads"} - set(found) - set(known):
-        raise KeyError(ALIASES[min(missing)][0])
-    found.setdefault("intermediate_size", 4 * found["hidden_size"])
-    return ModelConfig(**{"vocab_size": raw["vocab_size"] if "vocab_size" in raw else raw["padded_vocab_size"],
-                          "activation": activation(raw, act), **found, **known})
-
-
-def rope(raw: dict, theta: float = 10000.0, part: float = 1.0, size: int | None = None) -> dict:
-    """rope_theta, rope_scaling and rope_dim of any dialect. part: the share of a head (of `size`) that turns, if the
-    file does not say it."""
-    new = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {k: v for k, v in new.items() if k not in ("rope_theta",
-                                                                                     "partial_rotary_factor")}
-    scaling = {**scaling, "rope_type": scaling.get("rope_type") or scaling.get("type")} if scaling else {}
-    if scaling.get("rope_type") == "su":                                       # longrope's name in Phi-3's first files
-        scaling["rope_type"] = "longrope"
-    scaling = None if scaling.get("rope_type") in (None, "default") else scaling
-    for source in (new, raw):
-        theta = next((source[k] for k in ("rope_theta", "rotary_emb_base") if k in source), theta)
-        part = next((source[k] for k in ("partial_rotary_factor", "rotary_pct", "rope_pct") if k in source), part)
-        if source:
-            break
-    size = size or raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    return {"rope_theta": float(theta), "rope_scaling": scaling,
-            **({} if part == 1 else {"rope_dim": int(size * part)})}
-
-
-def window(raw: dict, slides: Callable[[int], bool] = lambda layer: True, layers: str = "num_hidden_layers") -> dict:
-    """A sliding window, and which layers have it: as the file lists them, else as the family does it."""
-    n, kinds, size = raw[layers], raw.get("layer_types"), raw.get("sliding_window")
-    if not size:
-        return {}
-    if kinds and (len(kinds) != n or not set(kinds) <= {"full_attention", "sliding_attention"}):
-        raise ValueError(f"layer_types {sorted(set(map(str, kinds)))} for {len(kinds)} of {n} layers; known: "
-                         "full_attention, sliding_attention, one for each layer")
-    full = [i for i in range(n) if (kinds[i] == "full_attention" if kinds else not slides(i))]
-    return {"window": size, "full_layers": full} if len(full) < n else {}
-
-
-LAYER_NORM = {"norm": "layer", "norm_eps": 1e-5}
-PLAIN = LAYER_NORM | {"glu": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}    # GPT-2's block
-
-
-def table(layers: str, inside: dict[str, str], **outside: str) -> dict[str, str]:
-    """A table of names: `layers` stands in front of what is inside a layer, and of ours only the last part is written
-    (q_proj is layers.*.self_attn.q_proj). outside: ours = theirs, with __ for a dot."""
-    def ours(short: str) -> str:
-        part = "mlp." if short in ("gate_proj", "up_proj", "down_proj") else ""
-        return "layers.*." + ("self_attn." if short[1:] in ("_proj", "_norm") else part) + short
-    return ({layers + theirs: " ".join(ours(s) for s in shorts.split()) for theirs, shorts in inside.items()}
-            | {theirs.replace("__", "."): name for name, theirs in {"lm_head": "lm_head", **outside}.items()})
-
+from model import ModelConfig
 
 # ---------------------------------------------------------------- LLaMA and everything of its shape
 
@@ -197,7 +90,7 @@ INTERNLM2 = table("layers.*.", {
 # ---------------------------------------------------------------- GPT-2 and its relatives
 
 def gpt2(raw: dict) -> ModelConfig:
-    """GPT-2, Cerebras-GPT (exact gelu), Wenzhong, CPM-Generate; SantaCoder's first files (one key head, `multiquery`)."""
+    """GPT-2, Cerebras-GPT (exact gelu), Wenzhong, CPM-Generate; SantaCoder's first files (one key head)."""
     if raw.get("add_cross_attention"):
         raise ValueError("add_cross_attention: a decoder that reads an encoder is not supported")
     one = {"num_kv_heads": 1} if raw.get("attention_head_type") == "multiquery" else {}
@@ -317,8 +210,8 @@ def opt_restore(tensors: dict, config: ModelConfig, raw: dict) -> bool:
 
 def gpt_neox(raw: dict) -> ModelConfig:
     """Pythia, Dolly v2, RedPajama-INCITE, OpenChatKit, StableLM-alpha."""
-    bias = bool(raw.get("attention_bias", True))
-    return read(raw, "gelu", **PLAIN | {"norm_eps": raw.get("layer_norm_eps", 1e-5), "qkv_bias": bias, "out_bias": bias},
+    bias, eps = bool(raw.get("attention_bias", True)), raw.get("layer_norm_eps", 1e-5)
+    return read(raw, "gelu", **PLAIN | {"norm_eps": eps, "qkv_bias": bias, "out_bias": bias},
                 parallel=2 if raw.get("use_parallel_residual", True) else 0, **rope(raw, part=0.25))
 
 
@@ -390,7 +283,7 @@ MPT = table("blocks.*.", {
 
 
 def falcon(raw: dict) -> ModelConfig:
-    """7B: one key head, attention and MLP behind one norm. 40B: groups and two norms. RW: ALiBi, one after the other."""
+    """7B: one key head, attention and MLP behind one norm. 40B: groups, two norms. RW: ALiBi, one after the other."""
     heads, new = raw.get("num_attention_heads") or raw["n_head"], bool(raw.get("new_decoder_architecture", False))
     new |= raw.get("model_type") == "RefinedWeb"                               # the 40B's first name
     groups = raw.get("num_kv_heads", raw.get("n_head_kv", heads))
@@ -448,7 +341,8 @@ def gemma3(raw: dict) -> ModelConfig:
     if text.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention: an embedding model, not a decoder")
     text = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072,
-            "sliding_window": 4096, "attn_logit_softcapping": 0, "final_logit_softcapping": 0, "rope_theta": 1e6, **text}
+            "sliding_window": 4096, "attn_logit_softcapping": 0, "final_logit_softcapping": 0, "rope_theta": 1e6,
+            **text}
     local, every, kinds = text.get("rope_local_base_freq", 1e4), text.get("sliding_window_pattern", 6), text.pop(
         "rope_parameters", None)
     if kinds and "full_attention" in kinds:                                    # transformers 5: one entry for each kind
@@ -557,15 +451,16 @@ def chatglm(raw: dict) -> ModelConfig:
 
 CHATGLM = table("layers.*.", NORMS | MEGATRON | {"attention.query_key_value": FUSED, "attention.dense": "o_proj"},
                 embed_tokens="word_embeddings", norm="final_layernorm")
-# <sop>, [gMASK], [MASK] by the size of the vocabulary: English, Chinese.
-GLM_10B_IDS = {50304: (50257, 50263, 50260), 50048: (50006, 50007, 50003)}
+# <sop>, [gMASK], [MASK], [sMASK] by the size of the vocabulary: English, Chinese.
+GLM_10B_IDS = {50304: (50257, 50263, 50260, 50264), 50048: (50006, 50009, 50003, 50008)}
 
 
 def glm_10b(raw: dict) -> ModelConfig:
     """GLM-2B, 10B, 10B-chinese: GPT-2's block with two tables of positions. The config does not name the special
     tokens: published vocabularies are known, test models of other sizes are taken to begin like ChatGLM's."""
     known = GLM_10B_IDS.get(raw["vocab_size"], (8, 7, 6))
-    ids = [raw.get(key, usual) for key, usual in zip(("sop_token_id", "gmask_token_id", "mask_token_id"), known)]
+    keys = ("sop_token_id", "gmask_token_id", "mask_token_id", "smask_token_id")
+    ids = [raw.get(key, usual) for key, usual in zip(keys, known)]
     config = read({"tie_word_embeddings": True, **raw}, "gelu", positions="learned_2d", prefix_ids=ids,
                   **PLAIN | {"norm_eps": raw.get("layernorm_epsilon", 1e-5)})
     return replace(config, max_positions=config.max_positions + 1)             # its tables have a row more
@@ -577,8 +472,12 @@ GLM_10B = CHATGLM | {"position_embeddings": "embed_positions", "block_position_e
 # ---------------------------------------------------------------- the top query
 
 def pangu(raw: dict) -> ModelConfig:
-    """PanGu-alpha: GPT-2 whose last layer asks with a table of positions instead of what it has read."""
-    return replace(gpt2({"activation_function": "gelu", **raw}), top_query=True)
+    """PanGu-alpha: GPT-2 whose last layer asks with a table of positions instead of what it has read. The published
+    port applies the final norm before that layer and names its class in the config; files that name none have it last.
+    "gelu" is MindSpore's, the tanh formula."""
+    config = gpt2({"activation_function": "gelu_new", **raw})
+    return replace(config, top_query="after" if raw.get("architectures") else "before",
+                   activation="gelu_tanh" if config.activation == "gelu" else config.activation)
 
 
 PANGU = table("h.*.", MLP_OF_GPT2 | {f"attn.{x}_proj": f"{x}_proj" for x in "qkv"} | {"attn.c_proj": "o_proj"},
@@ -586,9 +485,9 @@ PANGU = table("h.*.", MLP_OF_GPT2 | {f"attn.{x}_proj": f"{x}_proj" for x in "qkv
 
 
 def codegeex(raw: dict) -> ModelConfig:
-    """CodeGeeX-13B: 39 layers and the one that asks."""
+    """CodeGeeX-13B: 39 layers and the one that asks, behind the final norm."""
     config = pangu({"activation_function": "fast_gelu", **raw})
-    return replace(config, num_layers=config.num_layers + 1)
+    return replace(config, num_layers=config.num_layers + 1, top_query="after")
 
 
 CODEGEEX = table("transformer.layers.*.", NORMS | MEGATRON | {
@@ -601,6 +500,12 @@ def top_layer(files: Entries, config: ModelConfig, raw: dict) -> None:
     """The layer that asks has a name of its own in the file."""
     for name in [n for n in files if n.startswith("transformer.topQueryLayer.")]:
         files[name.replace("topQueryLayer", f"layers.{config.num_layers - 1}")] = files.pop(name)
+
+
+def top_layer_restored(tensors: dict, config: ModelConfig, raw: dict) -> bool:
+    for name in [n for n in tensors if f"layers.{config.num_layers - 1}." in n]:
+        tensors[name.replace(f"layers.{config.num_layers - 1}.", "topQueryLayer.")] = tensors.pop(name)
+    return True
 
 
 # ---------------------------------------------------------------- the table
@@ -647,11 +552,12 @@ FAMILIES: dict[str, Family] = {
     "chatglm": Family(chatglm, CHATGLM, ("transformer.",), qkv="per head", rope="2d"),
     "glm_10b": Family(glm_10b, GLM_10B, ("glm.transformer.", "glm.", "transformer.")),
     "gpt_pangu": Family(pangu, PANGU, **GPT),
-    "codegeex": Family(codegeex, CODEGEEX, ("module.language_model.", "language_model."), prepare=top_layer),
+    "codegeex": Family(codegeex, CODEGEEX, ("module.language_model.", "language_model."), prepare=top_layer,
+                       restore=top_layer_restored),
     "chatpixiu": Family(own, OWN)}
 FAMILIES["baichuan2"] = replace(FAMILIES["baichuan"], prepare=normalised_head)
 SAME = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "moss": "codegen", "stablelm_epoch": "stablelm",
-        "gemma3": "gemma3_text", "gpt2_custom": "gpt2", "deepseek": "llama", "xverse": "llama", "aquila": "llama"}
+        "gemma3": "gemma3_text", "gpt2_custom": "gpt2", "skywork": "llama", "xverse": "llama", "aquila": "llama"}
 
 
 def find(raw: dict, where="config.json") -> tuple[str, Family]:
@@ -668,24 +574,6 @@ def find(raw: dict, where="config.json") -> tuple[str, Family]:
         known = sorted(set(FAMILIES) | set(SAME))
         raise UserError(f"{where}: model_type {name!r} is not a family that is known; known: {', '.join(known)}")
     return name, FAMILIES[name]
-
-
-# The largest sizes that are believed: a damaged or invented number is an error, not an allocation.
-LARGEST = {**dict.fromkeys(("vocab_size", "padded_vocab_size", *ALIASES["hidden_size"], *ALIASES["intermediate_size"]),
-                           1 << 24),
-           **dict.fromkeys(ALIASES["num_layers"], 1 << 12),
-           **dict.fromkeys((*ALIASES["num_heads"], *ALIASES["num_kv_heads"], *ALIASES["head_dim"]), 1 << 16),
-           **dict.fromkeys(ALIASES["max_positions"], 1 << 40),
-           **dict.fromkeys((*ALIASES["norm_eps"], "norm_eps", "rope_theta"), 1e12)}
-
-
-def check_numbers(raw: dict, where) -> None:
-    for key, largest in LARGEST.items():
-        value = raw.get(key, largest)
-        right = isinstance(value, type(largest)) or (isinstance(largest, float) and isinstance(value, int))
-        if isinstance(value, bool) or not right or not 0 < value <= largest:
-            kind = "a number" if isinstance(largest, float) else "an integer"
-            raise UserError(f"{where}: {key} is {str(value)[:60]}, expected {kind} above 0 and up to {largest:g}")
 
 
 def to_config(raw: dict, where) -> ModelConfig:

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints import families
+from checkpoints import readers
 from common import UserError
 
 # What a tensor is stored as, in the words of safetensors; GGUF adds its block formats (Q4_K ...).
@@ -335,7 +335,7 @@ def meta_config(folder: Path, shards: list[dict[str, Entry]]) -> dict:
         raise UserError(f"{folder}: {missing} is missing in params.json or in the weights") from None
     config["intermediate_size"] = (first.shape or (0,))[0] * len(shards)
     config |= {"head_dim": params["head_dim"]} if params.get("head_dim") else {}           # Mistral's say it
-    families.check_numbers(config, folder / "params.json")
+    readers.check_numbers(config, folder / "params.json")
     newest, oldest = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6          # Llama 3, Llama 1: the length
     config["max_position_embeddings"] = 8192 if newest else 2048 if oldest else 4096    # is not written in the file
     if params.get("use_scaled_rope"):          # Meta's own code knows the factor by heart: 8, in 3.2's small models 32
@@ -390,7 +390,7 @@ def open_nanogpt(path: Path) -> Source:
                   "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
     except KeyError as missing:
         raise UserError(f"{path}: model_args lacks {missing}") from None
-    families.check_numbers(config, f"{path}: model_args")
+    readers.check_numbers(config, f"{path}: model_args")
     entries = {}
     for name, entry in pickle_entries(path).items():
         name = name.removeprefix("_orig_mod.").removeprefix("module.")         # torch.compile's, DDP's

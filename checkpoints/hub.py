@@ -1,5 +1,5 @@
-"""The names that `--init` takes: where the weights are on the Hugging Face hub, and the sizes, so that a dry run needs no
-file.
+"""The names that `--init` takes: where the weights are on the Hugging Face hub, and the sizes, so that a dry run needs
+no file.
 """
 
 LLAMA3 = {"vocab_size": 128256, "max_positions": 8192, "rope_theta": 500000.0, "norm_eps": 1e-5}

@@ -9,7 +9,6 @@ import torch
 from conftest import error, random_ids, randomize
 
 import checkpoints
-from common import UserError
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

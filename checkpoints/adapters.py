@@ -16,6 +16,7 @@ import math
 import re
 from pathlib import Path
 
+import regex
 import torch
 from torch import Tensor
 
@@ -77,8 +78,8 @@ class Lora:
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise UserError(f"{where}: lora_alpha or alpha_pattern has {str(alpha)[:60]!r}, expected a number")
         try:
-            self.alphas = [(re.compile(rf"(.*\.)?({p})$"), a) for p, a in patterns.items()]
-        except (re.error, RecursionError, OverflowError) as error:
+            self.alphas = [(regex.compile(rf"(.*\.)?({p})$"), a) for p, a in patterns.items()]
+        except (regex.error, RecursionError, OverflowError) as error:
             raise UserError(f"{where}: alpha_pattern holds no regular expression: {error}") from None
 
     def sort_in(self, key: str, entry: formats.Entry, source: formats.Source) -> None:
@@ -141,7 +142,12 @@ class Lora:
     def scale(self, name: str, r: int) -> float:
         """alpha / r of one layer. Patterns are regular expressions for the end of its name; the rank is A's own."""
         path = name.removesuffix(".weight")
-        alpha = next((a for pattern, a in self.alphas if pattern.match(path)), self.config["lora_alpha"])
+        try:                                                   # of a stranger: some patterns would take years
+            alpha = next((a for pattern, a in self.alphas if pattern.match(path, timeout=1.0)),
+                         self.config["lora_alpha"])
+        except TimeoutError:
+            raise UserError(f"{self.folder / 'adapter_config.json'}: a pattern of alpha_pattern does not come to an "
+                            f"end on {path}") from None
         return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:

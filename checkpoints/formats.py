@@ -155,7 +155,7 @@ def hf_entries(folder: Path) -> dict[str, Entry]:
 
 def inside(folder: Path, name: str, index: Path) -> Path:
     if Path(name).name != name or "\0" in name or not name.endswith((".safetensors", ".bin")):
-        raise UserError(f"{index} points to {name!r}, outside of its folder or no file of weights")
+        raise UserError(f"{index} points to {name[:80]!r}, outside of its folder or no file of weights")
     return folder / name
 
 

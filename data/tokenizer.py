@@ -22,15 +22,11 @@ from pathlib import Path
 import regex
 import torch
 
+from data.splits import BYTES, GPT2, LLAMA3, QWEN2, Splitting, cut  # noqa: F401 (names that others import from here)
+
 BLOCK = "\u2581"                          # SentencePiece's sign for a space
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 SURROGATE = re.compile("[\ud800-\udfff]")
-
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-          r"\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-BYTES = ""                                # in a list of splits: from here on words are bytes
 
 
 # ---------------------------------------------------------------- byte pair encoding
@@ -78,27 +74,28 @@ def merge_pairs(parts: list[str], rank: Callable[[str, str], float | None]) -> l
 
 class ByteBPE:
     """Byte-level BPE: regexes cut words, words become bytes (as GPT-2's stand-in characters), pairs merge by rank."""
-    def __init__(self, vocab: dict[str, int], rank: Callable[[str, str], float | None], splits: list[str],
-                 nfc: bool = False, ignore_merges: bool = False, prefix_space: bool = False):
+    def __init__(self, vocab: dict[str, int], rank: Callable[[str, str], float | None], splits: list,
+                 nfc: bool = False, ignore_merges: bool = False, prefix_space: bool = False,
+                 normalize: Callable[[str], str] | None = None):
         self.vocab, self.rank, self.nfc = vocab, rank, nfc
+        self.normalize = normalize or (functools.partial(unicodedata.normalize, "NFC") if nfc else None)
         self.ignore_merges, self.prefix_space = ignore_merges, prefix_space
-        # V1: sets inside sets, [^a[bc]], which the regexes of some files have.
-        self.splits = [regex.compile(s, regex.V1) if s != BYTES else None for s in splits]
+        self.splits = [Splitting(s) if s != BYTES else None for s in splits]
         self.cache: dict[str, list[int]] = {}
 
     def words(self, text: str) -> list[str]:
         """The words as stand-in characters. Regexes in front of BYTES see the text, those behind it its bytes."""
         pieces, is_text = [text], True
-        for pattern in [*self.splits, None]:
-            if pattern is not None:
-                pieces = [p for piece in pieces for p in cut(pattern, piece)]
+        for split in [*self.splits, None]:
+            if split is not None:
+                pieces = [p for piece in pieces for p in split(piece)]
             elif is_text:
                 pieces, is_text = [p.encode("utf-8").decode("latin-1").translate(BYTE_TO_CHAR) for p in pieces], False
         return pieces
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
+        if self.normalize is not None:
+            text = self.normalize(text)
         if self.prefix_space and start and text and not text.startswith(" "):
             text = " " + text
         ids: list[int] = []
@@ -116,18 +113,6 @@ class ByteBPE:
 
     def token_bytes(self, token: str) -> bytes:
         return bytes(CHAR_TO_BYTE[c] for c in token) if all(c in CHAR_TO_BYTE for c in token) else token.encode("utf-8")
-
-
-def cut(pattern: regex.Pattern, text: str) -> list[str]:
-    """The matches and what lies between them, in order: the pieces join to the text."""
-    pieces, last = [], 0
-    for m in pattern.finditer(text):
-        if m.start() > last:
-            pieces.append(text[last:m.start()])
-        if m.end() > m.start():
-            pieces.append(m.group())
-        last = m.end()
-    return pieces + ([text[last:]] if last < len(text) else [])
 
 
 class CharBPE:

@@ -34,18 +34,14 @@ from data.tokenizer import (
     merge_pairs,
 )
 
-# GGUF names the word splitter instead of spelling it: `tokenizer.ggml.pre` -> regexes, each applied to the pieces of
-# the one before.
-GGUF_SPLITS = {name: splits for names, splits in (
-    ("default gpt-2 mpt olmo jina-v2-en phi-2", [GPT2]),
-    ("llama-bpe llama3 llama-v3 dbrx smaug-bpe", [LLAMA3]),
-    ("qwen2 deepseek-r1-qwen stablelm2", [QWEN2]),
-    ("smollm starcoder refact command-r", [r"\p{N}", GPT2])) for name in names.split()}
+# These names steer the model, even where a file lists them as ordinary words.
+STEERING = re.compile("<[|\uff5c].+[|\uff5c]>|<(start|end)_of_turn>|</?s>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 
 
 def from_file(path: Path) -> Tokenizer | None:
     if path.suffix == ".gguf":
+        from data.tokenizer_gguf import from_gguf  # not at the top: it builds on what stands below
         return from_gguf(path)
     if path.suffix == ".json":
         return from_gpt2_files(path) if path.name in ("encoder.json", "vocab.json") else from_tokenizer_json(path)
@@ -93,8 +89,7 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
     """A tokenizer from its core, its named tokens and what the settings say; bos, eos and pad are what the file itself
     says where there are no settings."""
     def is_special(t: dict) -> bool:
-        # <|im_start|> steers the model, even where a file lists it as an ordinary word.
-        return bool(t.get("special")) or bool(re.fullmatch(r"<\|.+\|>", t["content"]))
+        return bool(t.get("special")) or bool(STEERING.fullmatch(t["content"]))
 
     specials, words = ({t["content"]: t["id"] for t in added if is_special(t) == kind} for kind in (True, False))
     shapes = {}
@@ -338,42 +333,6 @@ def json_splits(steps: list[dict], path: Path) -> list[str]:
     return splits
 
 
-# ---------------------------------------------------------------- GGUF
-
-def from_gguf(path: Path) -> Tokenizer | None:
-    """`tokenizer.ggml.model` gpt2: byte-level BPE with merges, llama: scored BPE."""
-    from checkpoints.gguf import read_header  # not at the top: checkpoints imports us
-    meta = {k.removeprefix("tokenizer.ggml."): v for k, v in read_header(path)[0].items()}
-    kind, pre = meta.get("model"), meta.get("pre", "default")
-    if kind is None:
-        return None
-    tokens, types = list(meta["tokens"]), [int(t) for t in meta.get("token_type", [])]
-    bos, eos, eot, pad, unk = (None if (i := meta.get(f"{name}_token_id")) is None else int(i)
-                               for name in ("bos", "eos", "eot", "padding", "unknown"))
-    if kind == "gpt2":
-        if pre not in GGUF_SPLITS:
-            raise UserError(f"{path}: the word splitter tokenizer.ggml.pre = {pre!r} is unknown; known: "
-                            f"{', '.join(sorted(GGUF_SPLITS))}")
-        merge_list = [tuple(m.split(" ", 1)) for m in meta["merges"]]
-        ranks = {m: i for i, m in enumerate(merge_list)}
-        llama3 = pre in ("llama-bpe", "llama3", "llama-v3")
-        core = ByteBPE({t: i for i, t in enumerate(tokens)}, lambda a, b: ranks.get((a, b)), GGUF_SPLITS[pre],
-                       nfc=pre in ("qwen2", "deepseek-r1-qwen"), ignore_merges=llama3)
-        add_bos, merges = llama3, lambda: merge_list
-    elif kind == "llama":
-        prefix, add_bos = bool(meta.get("add_space_prefix", True)), True
-        core, merges, _ = scored(tokens, [float(s) for s in meta["scores"]], types, unk or 0, prefix)
-    else:
-        raise UserError(f"{path}: a tokenizer of kind {kind!r} is not supported; known: gpt2, llama")
-    # Types: 3 steers the model, 4 counts wherever it stands; [PAD7] fills the table up and is nobody's name.
-    added = [{"content": t, "id": i, "special": types[i] == 3} for i, t in enumerate(tokens[:len(types)])
-             if types[i] in (3, 4) and t and not re.fullmatch(r"\[PAD\d+\]", t)]
-    return build(core, added, {**NO_SETTINGS, "template": meta.get("tokenizer.chat_template")}, bos=bos,
-                 eos=[i for i in (eos, eot) if i is not None], pad=unk if pad is None else pad, vocab_size=len(tokens),
-                 add_bos=bool(meta.get("add_bos_token", add_bos)), space_after=kind == "llama",
-                 files=lambda t: json_files(t, merges()))
-
-
 # ---------------------------------------------------------------- what other tools read
 
 def json_files(tokenizer: Tokenizer, merges: list, core: ByteBPE | CharBPE | None = None) -> dict[str, bytes]:
@@ -387,7 +346,7 @@ def json_files(tokenizer: Tokenizer, merges: list, core: ByteBPE | CharBPE | Non
              "vocab": vocab, "merges": [list(m) for m in merges]}
     if isinstance(core, ByteBPE):
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        splits = [{"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": "Isolated", "invert": False}
+        splits = [{"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": s.behavior, "invert": s.invert}
                   for s in core.splits]
         pre, normalizer = {"type": "Sequence", "pretokenizers": [*splits, level]}, {"type": "NFC"} if core.nfc else None
         model["ignore_merges"], decoder = core.ignore_merges, level

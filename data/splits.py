@@ -44,8 +44,8 @@ DEEPSEEK3 = [r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
              r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
              r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]
 
-KNOWN = {GPT2, LLAMA3, QWEN2, QWEN35, CL100K, TEKKEN, GPT4O, BLOOM, PUNCTUATION, r"\p{N}", r"\p{N}+", *FALCON, *DEEPSEEK,
-         *DEEPSEEK_CODER, *DEEPSEEK3}
+KNOWN = {GPT2, LLAMA3, QWEN2, QWEN35, CL100K, TEKKEN, GPT4O, BLOOM, PUNCTUATION, r"\p{N}", r"\p{N}+", *FALCON,
+         *DEEPSEEK, *DEEPSEEK_CODER, *DEEPSEEK3}
 
 
 def cut(pattern: regex.Pattern, text: str, timeout: float | None = None) -> list[str]:
@@ -74,20 +74,20 @@ class Splitting:
         except (regex.error, OverflowError, RecursionError) as error:
             raise UserError(f"the word splitter {pattern[:80]!r} is no regular expression: {error}") from None
 
-    def cut(self, text: str) -> list[str]:
-        if self.pattern in KNOWN:
+    def __call__(self, text: str) -> list[str]:
+        if self.pattern in KNOWN and self.behavior == "Isolated":
             return cut(self.regex, text)
         try:                                              # a regex that came in a file may take forever; watching costs
-            return cut(self.regex, text, timeout=20 + len(text) / 50_000)
+            return self.watched(text, 20 + len(text) / 50_000)
         except TimeoutError:
             raise UserError(f"the word splitter {self.pattern[:80]!r} takes too long on {text[:40]!r}") from None
 
-    def __call__(self, text: str) -> list[str]:
+    def watched(self, text: str, timeout: float) -> list[str]:
         if self.behavior == "Isolated":
-            return self.cut(text)
+            return cut(self.regex, text, timeout)
         pieces: list[tuple[str, bool]] = []               # and whether it is a match
         at = 0
-        for m in self.regex.finditer(text, timeout=20 + len(text) / 50_000):
+        for m in self.regex.finditer(text, timeout=timeout):
             if m.end() > m.start():
                 pieces += [(text[at:m.start()], False)] * (m.start() > at) + [(m.group(), True)]
                 at = m.end()

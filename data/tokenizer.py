@@ -123,11 +123,19 @@ class CharBPE:
                  by_word: bool = False):
         self.vocab, self.rank, self.unk_id, self.prefix, self.fallback = vocab, rank, unk_id, prefix, fallback
         self.fuse_unk, self.double, self.by_word = fuse_unk, double, by_word
+        self.late: dict[str, int] = {}                    # names that are looked for when the blocks are in place
+        self.find_late: regex.Pattern | None = None
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         text = text.replace(" ", BLOCK)
         if text and self.prefix and start and (self.double or not text.startswith(BLOCK)):
             text = BLOCK + text
+        if self.late:
+            pieces = cut(self.find_late, text)
+            return [i for p in pieces for i in ([self.late[p]] if p in self.late else self.encode_blocks(p))]
+        return self.encode_blocks(text)
+
+    def encode_blocks(self, text: str) -> list[int]:
         ids: list[int] = []
         for word in re.findall(f"{BLOCK}?[^{BLOCK}]+|{BLOCK}", text) if self.by_word else [text]:
             unknown = False                               # whether the part before was one: a run of them is one token
@@ -257,11 +265,17 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
         self.first = getattr(tokenizer.core, "prefix", False)  # the space that encode put in front is taken off
+        self.held = b""                                   # a space that stands behind words, but not behind the last
+        self.suffix = bool(getattr(tokenizer.core, "suffix", ""))
 
     def push(self, i: int) -> str:
         data = self.tokenizer.bytes_of(i)
         if self.first and i not in self.tokenizer.named_ids:
             data, self.first = data.removeprefix(b" "), self.first and not data
+        if self.suffix:
+            data = self.held + data
+            self.held = b" " if data.endswith(b" ") else b""
+            data = data.removesuffix(self.held)
         return self.decoder.decode(data)
 
     def flush(self) -> str:

@@ -22,8 +22,6 @@ from common import UserError
 from data.tokenizer import (
     BLOCK,
     BYTE_TO_CHAR,
-    BYTE_TOKEN,
-    BYTES,
     GPT2,
     LLAMA3,
     QWEN2,
@@ -44,6 +42,7 @@ def from_file(path: Path) -> Tokenizer | None:
         from data.tokenizer_gguf import from_gguf  # not at the top: it builds on what stands below
         return from_gguf(path)
     if path.suffix == ".json":
+        from data.tokenizer_json import from_tokenizer_json
         return from_gpt2_files(path) if path.name in ("encoder.json", "vocab.json") else from_tokenizer_json(path)
     if path.suffix in (".tiktoken", ".model"):
         data = path.read_bytes()
@@ -239,98 +238,6 @@ def scored(tokens: list[str], scores: list[float], types: list[int], unk_id: int
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLOCK}
 PREPEND = {"type": "Prepend", "prepend": BLOCK}
 NO_SETTINGS = {"names": {}, "eos": [], "template": None, "added": [], "add_bos": None}
-
-
-# ---------------------------------------------------------------- tokenizer.json
-
-def from_tokenizer_json(path: Path) -> Tokenizer:
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        model = spec["model"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is no tokenizer.json: {error}") from None
-    if model.get("type", "BPE") != "BPE":
-        if (other := path.with_name("tokenizer.model")).exists():
-            return from_file(other)
-        raise UserError(f"{path}: a tokenizer of type {model['type']!r}; only BPE is read from tokenizer.json. If a "
-                        "SentencePiece .model file belongs to it, put it beside it as tokenizer.model")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UserError(f"{path}: continuing_subword_prefix and end_of_word_suffix are not supported")
-    settings, added = read_settings(path.parent), spec.get("added_tokens") or []
-    if model.get("byte_fallback"):                        # some files list the byte tokens as special: they are text
-        added = [t for t in added if not BYTE_TOKEN.fullmatch(t["content"])]
-    core, space_after = json_core(spec, path)
-    post = flatten(spec.get("post_processor"), "processors")
-    front = next((s["single"][0].get("SpecialToken", {}).get("id") for s in post if s["type"] == "TemplateProcessing"),
-                 None)
-    bos = settings["names"].setdefault("bos", front)
-    if settings["add_bos"] is None:                       # then the post-processor tells whether BOS goes in front
-        settings["add_bos"] = front is not None and front == bos
-    known = core.vocab | {t["content"]: t["id"] for t in added}
-    usual = [known[t] for t in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>") if t in known]
-    return build(core, added, settings, eos=usual[:1], pad=known.get(settings["names"].get("unk")),
-                 add_bos=settings["add_bos"], files=collect(path), space_after=space_after)
-
-
-def flatten(step: dict | None, key: str) -> list[dict]:
-    """A normalizer or pre_tokenizer as a list of steps."""
-    if step is None:
-        return []
-    return [s for inner in step[key] for s in flatten(inner, key)] if step["type"] == "Sequence" else [step]
-
-
-def json_core(spec: dict, path: Path) -> tuple[ByteBPE | CharBPE, bool]:
-    """What does the work, and whether a named token is followed by a new start. Ids must be exact: the first step that
-    is not known is an error that names it."""
-    model, vocab = spec["model"], spec["model"]["vocab"]
-    ranks = {tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m): i for i, m in enumerate(model["merges"])}
-    steps, normal = flatten(spec.get("pre_tokenizer"), "pretokenizers"), flatten(spec.get("normalizer"), "normalizers")
-    by_bytes = any(s["type"] == "ByteLevel" for s in [*steps, *flatten(spec.get("decoder"), "decoders")])
-    for s in normal:
-        if s not in ([{"type": "NFC"}] if by_bytes else [REPLACE, PREPEND]):
-            raise UserError(f"{path}: normalizer {s} is not supported")
-
-    def rank(a: str, b: str) -> int | None:
-        return ranks.get((a, b))
-
-    if by_bytes:
-        level = next((s for s in steps if s["type"] == "ByteLevel"), {})
-        space = level.get("add_prefix_space", False)
-        return ByteBPE(vocab, rank, json_splits(steps, path), bool(normal), model.get("ignore_merges", False),
-                       space), space
-    meta = next((s for s in steps if s["type"] == "Metaspace"), None)
-    for s in steps:                                       # Gemma splits at spaces when there are none any more
-        if s is not meta and not (s["type"] == "Split" and s["pattern"] == {"String": " "} and REPLACE in normal):
-            raise UserError(f"{path}: pre_tokenizer {s['type']} is not supported without ByteLevel; known: Metaspace")
-    if meta is None and REPLACE not in normal:
-        raise UserError(f"{path}: no ByteLevel, no Metaspace and no Replace of spaces: an unknown kind of tokenizer")
-    scheme = "always" if PREPEND in normal else "never"
-    if meta is not None:
-        scheme = meta.get("prepend_scheme") or ("always" if meta.get("add_prefix_space", True) else "never")
-    return CharBPE(vocab, rank, vocab.get(model.get("unk_token")), scheme != "never", model.get("byte_fallback", False),
-                   model.get("fuse_unk", False), double=meta is None,
-                   by_word=meta is not None and meta.get("split", True)), scheme == "always"
-
-
-def json_splits(steps: list[dict], path: Path) -> list[str]:
-    """The pre_tokenizer of byte-level BPE as regexes."""
-    splits: list[str] = []
-    for s in steps:
-        behavior = (s.get("behavior", "Isolated"), s.get("invert", False))
-        if s["type"] == "Split":                          # "keep the matches" is the same where all is matched
-            if behavior[0] != "Isolated" and behavior != ("Removed", True):
-                raise UserError(f"{path}: pre_tokenizer Split with behavior {behavior[0]} is not supported")
-            splits.append(s["pattern"].get("Regex") or regex.escape(s["pattern"]["String"]))
-        elif s["type"] == "Digits":
-            splits.append(r"\p{N}" if s.get("individual_digits") else r"\p{N}+")
-        elif s["type"] == "Punctuation" and behavior[0] in ("Isolated", "Contiguous"):
-            splits.append(r"[\p{P}$+<=>^`|~]" + ("+" if behavior[0] == "Contiguous" else ""))
-        elif s["type"] == "ByteLevel":
-            splits += [GPT2, BYTES] if s.get("use_regex", True) else [BYTES]
-        else:
-            raise UserError(f"{path}: pre_tokenizer {s['type']} {s.get('behavior', '')} is not supported; known: "
-                            "Split, Digits, Punctuation, ByteLevel, Metaspace")
-    return splits
 
 
 # ---------------------------------------------------------------- what other tools read

@@ -6,7 +6,7 @@ get there.
 
     best[0] = 0,    best[j] = max over pieces text[i:j] of best[i] + score(text[i:j])
 
-SentencePiece does this for .model files by itself; here it is for GGUF files (T5) and for tokenizer.json (T5, mT5, XLM).
+SentencePiece does this for .model files by itself; here it is for GGUF files (T5) and for tokenizer.json (T5, mT5).
 Both bring the map with which SentencePiece normalises, a table of byte strings and their replacements (`Charsmap`).
 """
 import struct
@@ -61,7 +61,7 @@ class Viterbi:
 
 class Charsmap:
     """SentencePiece's `precompiled_charsmap`: a double-array trie over UTF-8 bytes (Darts), then the replacements, each
-    with a zero behind it. A unit of the trie: bits 0-7 and 31 its label, bit 8 "a key ends here", the rest an offset."""
+    with a zero behind it. A unit of the trie: bits 0-7 its label, bit 8 "a key ends here", from bit 9 on an offset."""
     def __init__(self, data: bytes):
         size = struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0
         if len(data) < 8 or size % 4 or size > len(data) - 4:

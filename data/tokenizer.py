@@ -234,7 +234,9 @@ class Tokenizer:
         token = self.token_of.get(i)
         if token is None:
             return b""                                    # padded vocabularies have ids without a token
-        return token.encode("utf-8") if i in self.named_ids else self.core.token_bytes(token)
+        if i in self.named_ids:                           # Gemma lists runs of blocks as words: they are spaces
+            return (token if isinstance(self.core, ByteBPE) else token.replace(BLOCK, " ")).encode("utf-8")
+        return self.core.token_bytes(token)
 
     def decode(self, ids) -> str:
         """The text of the ids, special tokens by their names; bytes that are no UTF-8 become U+FFFD."""

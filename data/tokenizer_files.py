@@ -33,7 +33,7 @@ from data.tokenizer import (
 )
 
 # These names steer the model, even where a file lists them as ordinary words.
-STEERING = re.compile("<[|\uff5c].+[|\uff5c]>|<(start|end)_of_turn>|</?s>")
+STEERING = re.compile("<[|\uff5c].+[|\uff5c]>|<(start|end)_of_turn>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 
 

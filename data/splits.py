@@ -47,6 +47,8 @@ DEEPSEEK3 = [r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
 KNOWN = {GPT2, LLAMA3, QWEN2, QWEN35, CL100K, TEKKEN, GPT4O, BLOOM, PUNCTUATION, r"\p{N}", r"\p{N}+", *FALCON,
          *DEEPSEEK, *DEEPSEEK_CODER, *DEEPSEEK3}
 
+PATIENCE = 20.0                           # seconds for a regex that is not ours
+
 
 def cut(pattern: regex.Pattern, text: str, timeout: float | None = None) -> list[str]:
     """The matches and what lies between them, in order: the pieces join to the text."""
@@ -78,7 +80,7 @@ class Splitting:
         if self.pattern in KNOWN and self.behavior == "Isolated":
             return cut(self.regex, text)
         try:                                              # a regex that came in a file may take forever; watching costs
-            return self.watched(text, 20 + len(text) / 50_000)
+            return self.watched(text, PATIENCE + len(text) / 50_000)
         except TimeoutError:
             raise UserError(f"the word splitter {self.pattern[:80]!r} takes too long on {text[:40]!r}") from None
 

@@ -189,12 +189,13 @@ class SentencePiece:
 class Tokenizer:
     """encode, decode, stream and render, whatever the file was. Two kinds of tokens have names instead of being merged:
     `specials` steer the model (<|im_end|>) and come from templates only; `words` (<think>, runs of blanks) count
-    wherever they stand. `shapes` are the regexes of names that take blanks around them along."""
+    wherever they stand. `shapes` are the regexes of names that take blanks around them along, `second` the names that
+    are looked for in what the others leave."""
     def __init__(self, core, specials: dict[str, int], *, bos_id: int | None, eos_ids: list[int],
                  pad_id: int | None = None, vocab_size: int = 0, chat_template: str | None = None,
                  files: dict[str, bytes] | Callable[["Tokenizer"], dict[str, bytes]] | None = None,
                  add_bos: bool | None = None, space_after: bool = False, words: dict[str, int] | None = None,
-                 shapes: dict[str, str] | None = None):
+                 shapes: dict[str, str] | None = None, second: set[str] = frozenset()):
         self.core, self.specials, self.words = core, specials, words or {}
         self.bos_id, self.eos_ids = bos_id, list(dict.fromkeys(eos_ids))
         self.pad_id = pad_id if pad_id is not None else self.eos_ids[0] if self.eos_ids else 0
@@ -204,7 +205,9 @@ class Tokenizer:
         self.token_of = {i: t for t, i in core.vocab.items()} | {i: t for t, i in self.named.items()}
         self.vocab_size = max(vocab_size, max(self.token_of) + 1)
         self.special_ids, self.named_ids = set(specials.values()), set(self.named.values())
-        self.find_words, self.find_named = (name_pattern(names, shapes or {}) for names in (self.words, self.named))
+        self.find_words, self.find_named = (
+            [name_pattern({n: i for n, i in names.items() if (n in second) == last}, shapes or {})
+             for last in (False, True)] for names in (self.words, self.named))
         self.make_files = files if callable(files) else lambda tokenizer: files or {}
 
     @functools.cached_property
@@ -214,10 +217,13 @@ class Tokenizer:
 
     def split(self, text: str, special: bool) -> list[int | str]:
         """Cut at the names of tokens: "<s>Hi" -> [1, "Hi"], or ["<s>Hi"] if special is False."""
-        names, pattern = (self.named, self.find_named) if special else (self.words, self.find_words)
-        if pattern is None:
-            return [text]
-        return [names.get(piece, names.get(piece.strip(), piece)) for piece in cut(pattern, text)]
+        names, patterns = (self.named, self.find_named) if special else (self.words, self.find_words)
+        parts: list[int | str] = [text]
+        for pattern in patterns:
+            if pattern is not None:
+                parts = [names.get(p, names.get(p.strip(), p)) if isinstance(p, str) else p for part in parts
+                         for p in (cut(pattern, part) if isinstance(part, str) else [part])]
+        return parts
 
     def encode(self, text: str, special: bool = False, start: bool = True) -> list[int]:
         """Ids without BOS and EOS. special=True: names of special tokens in the text become these tokens; for
@@ -292,10 +298,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     path = Path(path)
     if path.is_file():
         return tokenizer_files.from_file(path)
-    for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "encoder.json", "vocab.json"):
+    for name in ("tokenizer.json", "tekken.json", "ice_text.model", "tokenizer.model", "spiece.model", "qwen.tiktoken",
+                 "encoder.json", "vocab.json"):
         if (path / name).exists():
             return tokenizer_files.from_file(path / name)
-    others = [file for kind in ("*.gguf", "*.tiktoken", "*.model", "tok*.bin") for file in sorted(path.glob(kind))]
+    kinds = ("*.gguf", "*.tiktoken", "*.model", "*.model.v*", "tok*.bin", "rwkv_vocab*.txt", "vocab.txt")
+    others = [file for kind in kinds for file in sorted(path.glob(kind))]
     if (path / "params.json").exists():                   # Meta's LLaMA: one tokenizer.model above 7B/, 13B/, ...
         others += path.resolve().parent.glob("tokenizer.model")
     return tokenizer_files.from_file(others[0]) if others else None

@@ -1,11 +1,13 @@
 """The files that tokenizers come in -> data/tokenizer.py's Tokenizer, and back to files that other tools read.
 
-    tokenizer.json          byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) or SentencePiece-like BPE (LLaMA 1/2, Mistral)
+    tokenizer.json          what the tokenizers package writes (data/tokenizer_json.py)
     tokenizer.model         SentencePiece (a protobuf), or tiktoken ranks (Llama 3: one "base64 rank" per line)
     *.tiktoken              tiktoken ranks (Qwen)
-    *.gguf                  the tokenizer inside the weights: merges, or scores
+    *.gguf                  the tokenizer inside the weights (data/tokenizer_gguf.py)
     tok*.bin                llama2.c
-    encoder.json vocab.bpe  GPT-2's first release, and vocab.json merges.txt (OPT)
+    encoder.json vocab.bpe  GPT-2's first release, and vocab.json merges.txt (OPT, GPT-1)
+    ice_text.model          ChatGLM-6B; ChatGLM2 and 3 have a tokenizer.model (data/tokenizer_glm.py)
+    tekken.json             Mistral; World vocabulary (.txt), CPM and PanGu: data/tokenizer_makers.py
 
 Ids must be the original's to the last one: a model that reads other ids than it learned writes nonsense without any
 error. So whatever a file asks for that is not known here is an error that names it.
@@ -37,20 +39,76 @@ STEERING = re.compile("<[|\uff5c].+[|\uff5c]>|<(start|end)_of_turn>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 
 
+NOT_READ = {".pkl": "a Python pickle could run any code: write nanoGPT's or nanochat's vocabulary as tokenizer.json"}
+
+
 def from_file(path: Path) -> Tokenizer | None:
+    """By the name of the file; which tokenizer is in a .model file, its content and the settings beside it tell."""
+    from data import tokenizer_gguf, tokenizer_json, tokenizer_makers  # they build on what stands below
     if path.suffix == ".gguf":
-        from data.tokenizer_gguf import from_gguf  # not at the top: it builds on what stands below
-        return from_gguf(path)
+        return tokenizer_gguf.from_gguf(path)
+    if path.name == "tekken.json":
+        return tokenizer_makers.from_tekken(path)
     if path.suffix == ".json":
-        from data.tokenizer_json import from_tokenizer_json
-        return from_gpt2_files(path) if path.name in ("encoder.json", "vocab.json") else from_tokenizer_json(path)
-    if path.suffix in (".tiktoken", ".model"):
-        data = path.read_bytes()
-        return from_ranks(path, data) if is_ranks(data) else from_sentencepiece(path, data)
+        named = path.name in ("encoder.json", "vocab.json")
+        return from_gpt2_files(path) if named else tokenizer_json.from_tokenizer_json(path)
+    if path.suffix == ".txt":
+        return tokenizer_makers.from_rwkv(path) if "rwkv" in path.name else tokenizer_makers.from_cpm_ant(path)
+    if path.suffix in (".tiktoken", ".model") or re.search(r"\.model\.v\d+\w*$", path.name):
+        return from_model(path, path.read_bytes())
     if path.suffix == ".bin" and path.name.startswith("tok"):
         return from_llama2c(path.read_bytes())
-    raise UserError(f"{path} is no tokenizer that is known: tokenizer.json, tokenizer.model, *.tiktoken, encoder.json, "
-                    "tok*.bin or *.gguf")
+    raise UserError(f"{path} is no tokenizer that is known: " + NOT_READ.get(
+        path.suffix, "tokenizer.json, tokenizer.model, *.tiktoken, tekken.json, encoder.json, tok*.bin or *.gguf"))
+
+
+def from_model(path: Path, data: bytes) -> Tokenizer:
+    from data import tokenizer_glm, tokenizer_makers
+    if is_ranks(data):
+        return from_ranks(path, data)
+    if path.name == "ice_text.model":
+        return tokenizer_glm.from_ice_text(path, data)
+    try:
+        core = SentencePiece(data)
+    except RuntimeError as error:
+        raise UserError(f"{path} is no SentencePiece model and no list of tiktoken ranks: {error}") from None
+    if tokenizer_glm.is_chatglm(path.parent):
+        return tokenizer_glm.from_chatglm(path, data)
+    if "\u2582" in core.vocab and "\u2583" in core.vocab and ("<eot>" in core.vocab or "<eod>" in core.vocab):
+        return tokenizer_makers.from_chinese_words(path, data)
+    return from_sentencepiece(path, core)
+
+
+def proto_fields(data: bytes):
+    """The fields of a protobuf message: (number, content, the whole field as it stands). Numbers come as b""."""
+    at = 0
+    while at < len(data):
+        start, (key, at) = at, read_varint(data, at)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            size, at = 0, read_varint(data, at)[1]
+        elif kind == 2:
+            size, at = read_varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind} at byte {start}")
+        if at + size > len(data):
+            raise ValueError(f"field {number} at byte {start} claims {size} bytes of {len(data)}")
+        yield number, data[at:at + size], data[start:at + size]
+        at += size
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, seven bits a byte, the lowest first -> (it, the place behind it)."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError(f"truncated at byte {at}")
+        value, at = value | (data[at] & 127) << shift, at + 1
+        if data[at - 1] < 128:
+            return value, at
+    raise ValueError(f"a number of more than ten bytes at byte {at - 10}")
 
 
 def read_settings(folder: Path) -> dict:
@@ -59,9 +117,12 @@ def read_settings(folder: Path) -> dict:
     def read(name: str) -> dict:
         file = folder / name
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except ValueError as error:
+            raw = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is no JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{file} is no JSON object but a {type(raw).__name__}")
+        return raw
 
     config, special_map, generation, model, old = (read(f"{n}.json") for n in (
         "tokenizer_config", "special_tokens_map", "generation_config", "config", "added_tokens"))
@@ -80,7 +141,13 @@ def read_settings(folder: Path) -> dict:
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     added = [{"content": t, "id": i, "special": True} for t, i in old.items()]
     added += [{**t, "id": int(i)} for i, t in (config.get("added_tokens_decoder") or {}).items()]
-    return {"names": names, "eos": eos, "template": template, "added": added, "add_bos": config.get("add_bos_token")}
+    if not all(isinstance(t.get("content"), str) and isinstance(t["id"], int) for t in added):
+        raise UserError(f"{folder}: an added token without text or id in tokenizer_config.json or added_tokens.json")
+    extra = config.get("extra_ids", 100 if config.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") else 0)
+    name = f"{config.get('name_or_path')} {model.get('_name_or_path')}".lower()
+    return {"names": names, "eos": eos, "template": template, "added": added, "add_bos": config.get("add_bos_token"),
+            "extra_ids": extra if isinstance(extra, int) and 0 <= extra <= 10_000 else 0, "name": name,
+            "class": config.get("tokenizer_class"), "model_type": model.get("model_type")}
 
 
 def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eos: tuple | list = (),
@@ -104,12 +171,14 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
         stops += [specials[t] for t in TURN_ENDS if t in specials and (t in template or t == "<|end_of_text|>")]
     for t in specials:                                    # what steers the model can only be asked for by name
         core.vocab.pop(t, None)
-    return Tokenizer(core, specials, words=words, shapes=shapes, bos_id=known.get(names.get("bos"), bos),
+    second = {t["content"] for t in added if t.get("normalized") and not is_special(t)}
+    return Tokenizer(core, specials, words=words, shapes=shapes, second=second, bos_id=known.get(names.get("bos"), bos),
                      eos_ids=stops, pad_id=known.get(names.get("pad"), pad), chat_template=template, **more)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe")
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "encoder.json",
+                   "vocab.bpe")
 
 
 def collect(path: Path) -> dict[str, bytes]:
@@ -118,15 +187,15 @@ def collect(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in [*there, path] if file.exists()}
 
 
-def from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
-    settings = read_settings(path.parent)
-    try:
-        core = SentencePiece(data)
-    except RuntimeError as error:
-        raise UserError(f"{path} is no SentencePiece model and no list of tiktoken ranks: {error}") from None
-    sp = core.sp
+def from_sentencepiece(path: Path, core: SentencePiece) -> Tokenizer:
+    settings, sp = read_settings(path.parent), core.sp
     controls = [{"content": sp.id_to_piece(i), "id": i, "special": True} for i in range(sp.vocab_size())
                 if sp.is_control(i)]
+    if settings["extra_ids"]:                             # T5's <extra_id_0> is the last one
+        n, known = settings["extra_ids"], {t["content"] for t in settings["added"]} | core.vocab.keys()
+        extra = [f"<extra_id_{n - 1 - i}>" for i in range(n)]
+        controls += [{"content": t, "id": sp.vocab_size() + i, "special": True} for i, t in enumerate(extra)
+                     if t not in known]
     added = controls + [t for t in settings["added"] if t["id"] >= sp.vocab_size() or t.get("special")]
     bos, eos, pad, unk = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id()))
     return build(core, added, settings, bos=bos, eos=[] if eos is None else [eos], pad=unk if pad is None else pad,
@@ -156,30 +225,49 @@ def is_ranks(data: bytes) -> bool:
 
 def from_ranks(path: Path, data: bytes) -> Tokenizer:
     """tiktoken's format. The rank of a merge is the id of its result; special tokens follow the last rank."""
-    pairs = (line.split() for line in data.splitlines() if line)
-    vocab = {"".join(BYTE_TO_CHAR[b] for b in base64.b64decode(token)): int(rank) for token, rank in pairs}
-    n, settings, qwen = len(vocab), read_settings(path.parent), path.suffix == ".tiktoken"
-    if qwen:
+    try:
+        pairs = [line.split() for line in data.splitlines() if line]
+        vocab = {"".join(BYTE_TO_CHAR[b] for b in base64.b64decode(token)): int(rank) for token, rank in pairs}
+    except ValueError as error:
+        raise UserError(f"{path}: a line that is not \"base64 rank\": {error}") from None
+    n, settings = max(vocab.values()) + 1, read_settings(path.parent)
+    kind = "qwen" if path.suffix == ".tiktoken" else "llama3"
+    if n == 151329 or settings["class"] == "ChatGLM4Tokenizer" or settings["model_type"] == "chatglm":
+        kind = "glm4"
+    elif kind == "qwen" and "qwen" not in path.name:
+        raise UserError(f"{path}: these ranks do not tell how words are split; only Qwen's are known: qwen.tiktoken")
+    names, bos, eos, pad = rank_specials(kind, n)
+    core = ByteBPE(vocab, lambda a, b: vocab.get(a + b), [QWEN2 if kind == "qwen" else LLAMA3], nfc=kind == "qwen",
+                   ignore_merges=True)
+    known = {t["content"] for t in settings["added"]}
+    added = [{"content": t, "id": n + i, "special": True} for i, t in enumerate(names) if t not in known]
+    settings["template"] = settings["template"] or {"qwen": "chatml"}.get(kind, kind)
+    return build(core, added + [t for t in settings["added"] if t["id"] >= n], settings, bos=bos, eos=eos, pad=pad,
+                 add_bos=False if kind == "glm4" else None,
+                 files=lambda t: json_files(t, ranked_merges(vocab)) | collect(path))
+
+
+def rank_specials(kind: str, n: int) -> tuple[list[str], int | None, list[int], int]:
+    """Names of special tokens from id n on, bos, eos, pad."""
+    if kind == "qwen":
         names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [f"<|extra_{i}|>" for i in range(205)]
-        bos, eos, pad = None, [n + 2, n], n
-    else:                                                 # Llama 3
-        reserved = "<|reserved_special_token_{}|>".format
-        names = ["<|begin_of_text|>", "<|end_of_text|>", reserved(0), reserved(1), "<|finetune_right_pad_id|>",
-                 reserved(2), "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-        names += [reserved(i) for i in range(3, 3 + 256 - len(names))]
-        bos, eos, pad = n, [n + 1, n + 9, n + 8], n + 4
-    core = ByteBPE(vocab, lambda a, b: vocab.get(a + b), [QWEN2 if qwen else LLAMA3], nfc=qwen, ignore_merges=True)
+        return names, None, [n + 2, n], n
+    if kind == "glm4":
+        from data.tokenizer_glm import GLM4_SPECIALS
+        return GLM4_SPECIALS, None, [n, n + 7, n + 9], n
+    reserved = "<|reserved_special_token_{}|>".format
+    names = ["<|begin_of_text|>", "<|end_of_text|>", reserved(0), reserved(1), "<|finetune_right_pad_id|>",
+             reserved(2), "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+    names += [reserved(i) for i in range(3, 3 + 256 - len(names))]
+    return names, n, [n + 1, n + 9, n + 8], n + 4
 
-    def merges() -> list[list[str]]:
-        """A token is made of the two parts that are left when merging stops in front of it."""
-        def parts(token: str, own: int) -> list[str]:
-            return merge_pairs(list(token), lambda a, b: r if (r := vocab.get(a + b, own)) < own else None)
-        made = (parts(t, i) for t, i in sorted(vocab.items(), key=lambda item: item[1]))
-        return [p for p in made if len(p) == 2]           # single bytes are not made
 
-    settings["template"] = settings["template"] or ("chatml" if qwen else "llama3")
-    return build(core, [{"content": t, "id": n + i, "special": True} for i, t in enumerate(names)], settings, bos=bos,
-                 eos=eos, pad=pad, files=lambda t: json_files(t, merges()) | collect(path))
+def ranked_merges(vocab: dict[str, int]) -> list[list[str]]:
+    """A token is made of the two parts that are left when merging stops in front of it."""
+    def parts(token: str, own: int) -> list[str]:
+        return merge_pairs(list(token), lambda a, b: r if (r := vocab.get(a + b, own)) < own else None)
+    made = (parts(t, i) for t, i in sorted(vocab.items(), key=lambda item: item[1]))
+    return [p for p in made if len(p) == 2]               # single bytes are not made
 
 
 def from_gpt2_files(path: Path) -> Tokenizer:
@@ -191,6 +279,11 @@ def from_gpt2_files(path: Path) -> Tokenizer:
     lines = merges_file.read_text(encoding="utf-8").split("\n")
     lines = [line for line in lines if line and not line.startswith("#version")]
     ranks = {tuple(line.split(" ")): i for i, line in enumerate(lines)}
+    if settings["model_type"] == "openai-gpt" or settings["class"] in ("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast"):
+        from data.tokenizer_json import openai_gpt
+        added = [{"content": "<unk>", "id": vocab["<unk>"], "special": True}] if "<unk>" in vocab else []
+        return build(openai_gpt(vocab, lambda a, b: ranks.get((a, b))), added + settings["added"], settings,
+                     add_bos=False, files=collect(path))
     names = ["<|endoftext|>", *settings["names"].values()]
     added = [{"content": t, "id": vocab[t], "special": True} for t in names if t in vocab] + settings["added"]
     return build(ByteBPE(vocab, lambda a, b: ranks.get((a, b)), [GPT2]), added, settings,
@@ -237,7 +330,8 @@ def scored(tokens: list[str], scores: list[float], types: list[int], unk_id: int
 
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLOCK}
 PREPEND = {"type": "Prepend", "prepend": BLOCK}
-NO_SETTINGS = {"names": {}, "eos": [], "template": None, "added": [], "add_bos": None}
+NO_SETTINGS = {"names": {}, "eos": [], "template": None, "added": [], "add_bos": None, "extra_ids": 0,
+               "name": "", "class": None, "model_type": None}
 
 
 # ---------------------------------------------------------------- what other tools read

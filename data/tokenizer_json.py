@@ -63,7 +63,7 @@ def read(spec: dict, path: Path) -> Tokenizer:
         late = [t for t in added if t.get("normalized") and not t.get("special")]
         core.late = {BLOCK + t["content"].replace(" ", BLOCK): t["id"] for t in late}
         core.find_late = name_pattern(core.late, {})
-        added, core.vocab = [t for t in added if t not in late], core.vocab | {t["content"]: t["id"] for t in late}
+        added, core.vocab = [t for t in added if t not in late], core.vocab | core.late
     known = core.vocab | {t["content"]: t["id"] for t in added}
     usual = [known[t] for t in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>") if t in known]
     return build(core, added, settings, eos=usual[:1], pad=known.get(settings["names"].get("unk")),

@@ -201,6 +201,7 @@ class Tokenizer:
         self.pad_id = pad_id if pad_id is not None else self.eos_ids[0] if self.eos_ids else 0
         self.add_bos = bos_id is not None and add_bos is not False
         self.chat_template, self.space_after = chat_template, space_after
+        self.origin = ""                                  # what the model's settings call it
         self.named = self.words | specials
         self.token_of = {i: t for t, i in core.vocab.items()} | {i: t for t, i in self.named.items()}
         self.vocab_size = max(vocab_size, max(self.token_of) + 1)

@@ -172,8 +172,11 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
     for t in specials:                                    # what steers the model can only be asked for by name
         core.vocab.pop(t, None)
     second = {t["content"] for t in added if t.get("normalized") and not is_special(t)}
-    return Tokenizer(core, specials, words=words, shapes=shapes, second=second, bos_id=known.get(names.get("bos"), bos),
-                     eos_ids=stops, pad_id=known.get(names.get("pad"), pad), chat_template=template, **more)
+    tokenizer = Tokenizer(core, specials, words=words, shapes=shapes, second=second,
+                          bos_id=known.get(names.get("bos"), bos), eos_ids=stops,
+                          pad_id=known.get(names.get("pad"), pad), chat_template=template, **more)
+    tokenizer.origin = settings["name"]
+    return tokenizer
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",

@@ -42,7 +42,7 @@ def from_tekken(path: Path) -> Tokenizer:
                    ignore_merges=True)
     at = {name: i for i, name in enumerate(names)}
     settings = read_settings(path.parent)
-    settings["template"] = settings["template"] or ("mistral-tekken" if "[INST]" in at else None)
+    settings["template"] = settings["template"] or ("mistral3" if "[INST]" in at else None)
     return build(core, [{"content": t, "id": i, "special": True} for t, i in at.items()], settings, bos=at.get("<s>"),
                  eos=[at["</s>"]] if "</s>" in at else [], pad=at.get("<pad>", at.get("<unk>")),
                  vocab_size=size, files=lambda t: json_files(t, ranked_merges(ranks)) | collect(path))

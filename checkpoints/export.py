@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import common
 from common import UserError
+from data.chat_formats import ALPACA, ROWS, VICUNA
 from model import ModelConfig
 
 SHARD = 5_000_000_000                      # bytes per file, as the hub likes it
@@ -169,20 +170,36 @@ TEMPLATES = {
     "vicuna": HEAD + "{{ system + ' ' }}{% for m in turns %}"
               "{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
               "{% else %}{{ 'ASSISTANT: ' + m['content'] + 'EOS' }}{% endif %}{% endfor %}"
-              "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"}
-ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": "</s>"}      # the others end with the tokenizer's own
-
+              "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "chatglm": HEAD + "{{ system + '\\n' if system else '' }}{% for m in turns %}{% if m['role'] == 'user' %}"
+               "{% if turns | length <= 2 %}{{ m['content'] }}{% else %}"
+               "{{ '[Round ' ~ loop.index0 // 2 ~ ']\\n\u95ee\uff1a' + m['content'] + '\\n\u7b54\uff1a' }}{% endif %}"
+               "{% elif loop.last %}{{ '[gMASK]<sop>' + m['content'] + 'EOS' }}{% else %}{{ m['content'] + '\\n' }}"
+               "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '[gMASK]<sop>' }}{% endif %}",
+    "chatglm2": HEAD + "{{ '[gMASK]sop' + (system + '\\n\\n' if system else '') }}{% for m in turns %}"
+                "{% if m['role'] == 'user' %}{{ '[Round ' ~ (loop.index0 // 2 + 1) ~ ']\\n\\n\u95ee\uff1a' }}"
+                "{{ m['content'] + '\\n\\n\u7b54\uff1a' }}{% elif loop.last %}{{ ' ' + m['content'] + 'EOS' }}"
+                "{% else %}{{ m['content'] + '\\n\\n' }}{% endif %}{% endfor %}",
+    **{name: HEAD + "{{ '" + begin + "' }}{% if system %}{{ '<|system|>" + gap + "' + system }}{% endif %}"
+       "{% for m in turns %}{% if m['role'] == 'user' %}"
+       "{{ '' if not loop.first and 'EOS' == '<|user|>' else '<|user|>' }}{{ '" + gap + "' + m['content'] }}{% else %}"
+       "{{ '<|assistant|>" + gap + "' + m['content'] + 'EOS' }}{% endif %}"
+       "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+       for name, begin, gap in (("chatglm3", "[gMASK]sop", "\\n "), ("glm4", "[gMASK]<sop>", "\\n"))},
+    **{name: row.jinja() for name, row in ROWS.items()}}
+# The end token of a format; the others end with the tokenizer's own.
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": "</s>", "chatglm": "<eop>", "chatglm3": "<|user|>",
+        "glm4": "<|user|>", **{name: row.end for name, row in ROWS.items()}}
 
 
 
 def jinja(name: str, tokenizer) -> str:
     """A built-in format as Jinja, with this tokenizer's end token and the default system text written in."""
-    from data import chat
-    default = {"alpaca": chat.ALPACA, "vicuna": chat.VICUNA}.get(name, "")
+    default = ROWS[name].default if name in ROWS else {"alpaca": ALPACA, "vicuna": VICUNA}.get(name, "")
     end = ENDS.get(name)
     if end not in tokenizer.specials:                         # this vocabulary has no such token: as data/chat.py does
         end = tokenizer.token_of.get(tokenizer.eos_ids[0], "") if tokenizer.eos_ids else ""
-    return TEMPLATES[name].replace("DEFAULT", json.dumps(default)).replace("'EOS'", json.dumps(end))
+    return TEMPLATES[name].replace("DEFAULT", json.dumps(default, ensure_ascii=False)).replace("'EOS'", json.dumps(end))
 
 
 def write_tokenizer(tokenizer, out_dir: Path) -> None:

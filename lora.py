@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import checkpoints
+from checkpoints import live
 from common import UserError
 
 LARGEST = 10**9                            # weights of which `packed` makes a copy
@@ -91,15 +91,20 @@ def layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, LoR
 
 def apply(model: nn.Module, r: int = 16, alpha: float = 32.0, targets: tuple[str, ...] = ALL_LINEAR,
           name: str = "default") -> None:
-    """Freezes the model and puts a new adapter on every linear whose last name is in targets. The default means all
-    linears but the head, whatever this family calls them."""
+    """Freezes the model and puts a new adapter on every linear whose last name, ours or its file's, is in targets. The
+    default means all linears but the head, whatever this family calls them."""
     targets = all_linear(model) if tuple(targets) == ALL_LINEAR else targets
-    paths = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.split(".")[-1] in targets]
-    missing = set(targets) - {path.split(".")[-1] for path in paths}
-    if missing:
-        names = sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
+    known: dict[str, list[str]] = {}                     # last name -> paths; query_key_value means q, k and v of ours
+    for path, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            known.setdefault(path.split(".")[-1], []).append(path)
+    for path, recipe in live.recipes(model).items():
+        known.setdefault(path.split(".")[-1], []).extend(live.path_of(ours) for ours in recipe.ours)
+    if missing := set(targets) - set(known):
         raise UserError(f"LoRA target {sorted(missing)[0]!r} is no linear layer of this model; it has: "
-                        f"{', '.join(names)}")
+                        f"{', '.join(sorted(known))}")
+    wanted = {path for target in targets for path in known[target]}
+    paths = [path for path, _ in model.named_modules() if path in wanted]
     attach(model, name, {path: (r, alpha / r) for path in paths})
 
 
@@ -238,18 +243,15 @@ def strip(model: nn.Module) -> None:
 
 # ---------------------------------------------------------------- PEFT's files
 
-def peft_path(model: nn.Module, path: str) -> str:
-    """The path in the public file of this family, as PEFT sees it."""
-    return "base_model.model." + checkpoints.public_name(model.config, path)
-
-
 def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head: Tensor | None = None) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them. `head` (1, C) is a reward head.
     Refuses what users of other tools found in their 443-byte files: no tensors, or an adapter that learned nothing."""
+    ours = {path: (m.lora_A[name].detach(), m.lora_B[name].detach(), m.scale[name]) for path, m in layers(model, name)}
+    theirs = live.to_file(model, ours)                       # in the names and the layout of the base's own file
     tensors = {}
-    for path, m in layers(model, name):
-        tensors[f"{peft_path(model, path)}.lora_A.weight"] = m.lora_A[name].detach().cpu().contiguous()
-        tensors[f"{peft_path(model, path)}.lora_B.weight"] = m.lora_B[name].detach().cpu().contiguous()
+    for path, (A, B, _) in theirs.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A.cpu().contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B.cpu().contiguous()
     if not tensors:
         raise UserError(f"adapter {name!r} has no tensors: nothing to save in {out_dir}")
     bad = [key for key, t in tensors.items() if not bool(torch.isfinite(t).all())]
@@ -258,14 +260,14 @@ def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head:
     if all(not bool(t.any()) for key, t in tensors.items() if "lora_B" in key):
         raise UserError(f"adapter {name!r} is all zero in B: it was never trained, saving it would save nothing. "
                         "Check that the optimiser got lora.parameters(model, name) and that the learning rate is not 0")
-    public = {path: checkpoints.public_name(model.config, path) for path, _ in layers(model, name)}
-    ranks = {public[path]: m.lora_A[name].shape[0] for path, m in layers(model, name)}
-    alphas = {public[path]: m.scale[name] * ranks[public[path]] for path, m in layers(model, name)}
+    ranks = {path: len(A) for path, (A, _, _) in theirs.items()}
+    alphas = {path: scale * len(A) for path, (A, _, scale) in theirs.items()}
     r, alpha = max(ranks.values()), max(alphas.values())
+    conv1d = any(live.recipes(model)[path].transpose for path in theirs)                # GPT-2 stores (in, out)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "base_model_name_or_path": base,
-        "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "target_modules": sorted({path.split(".")[-1] for path in ranks}),
+        "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": conv1d, "use_rslora": False,
+        "target_modules": live.targets(model, set(theirs)),
         "rank_pattern": {p: k for p, k in ranks.items() if k != r},
         "alpha_pattern": {p: a for p, a in alphas.items() if a != alpha},
         "modules_to_save": None if head is None else ["score"], "inference_mode": True}
@@ -287,35 +289,33 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
     config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(file)
     head = tensors.pop("base_model.model.score.weight", None)
-    ours = {peft_path(model, path): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    known = live.recipes(model)
     halves: dict[str, dict[str, Tensor]] = {}
-    state = model.state_dict()
     for key, tensor in tensors.items():
-        own = state.get(key.removeprefix("base_model.model.").removeprefix("model.").replace(".base_layer", ""))
-        if own is not None and own.shape == tensor.shape and torch.equal(own, tensor.to(own)):
-            continue  # PEFT copies embedding and head into the file when it adapts the head: nothing new
-        path, _, half = key.removesuffix(".weight").rpartition(".")
-        if path not in ours or half not in ("lora_A", "lora_B"):
+        path, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if half not in ("lora_A", "lora_B") and live.unchanged(model, key, tensor):
+            continue
+        if path not in known or half not in ("lora_A", "lora_B"):
             raise UserError(f"{file}: tensor {key} has no place in this model (is it an adapter of another base, or "
                             "one with "
                             f"trained embeddings? merge it at load: load(base, lora=[{str(adapter_dir)!r}]))")
-        halves.setdefault(ours[path], {})[half] = tensor
+        halves.setdefault(path, {})[half] = tensor
     patterns = config.get("alpha_pattern") or {}
-    sizes = {}
+    theirs = {}
     for path, pair in halves.items():
         if len(pair) != 2:
             raise UserError(f"{file}: {path} has only {next(iter(pair))}, its other half is missing")
-        linear, r = model.get_submodule(path), pair["lora_A"].shape[0]
-        for half, needed in (("lora_A", (r, linear.in_features)), ("lora_B", (linear.out_features, r))):
+        r, (n_out, n_in) = pair["lora_A"].shape[0], known[path].matrix
+        for half, needed in (("lora_A", (r, n_in)), ("lora_B", (n_out, r))):
             if pair[half].shape != needed:
                 raise UserError(f"{file}: {half} of {path} is {tuple(pair[half].shape)}, the model needs {needed}")
         # PEFT's keys are expressions for the end of this name.
-        full = peft_path(model, path).removeprefix("base_model.model.")
-        alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", full)), config["lora_alpha"])
-        sizes[path] = (r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
-    attach(model, name, sizes)
+        alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), config["lora_alpha"])
+        theirs[path] = (pair["lora_A"], pair["lora_B"], alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    ours = live.from_file(model, theirs)
+    attach(model, name, {path: (len(A), scale) for path, (A, _, scale) in ours.items()})
     with torch.no_grad():
         for path, m in layers(model, name):
-            for half in ("lora_A", "lora_B"):
-                getattr(m, half)[name].copy_(halves[path][half])
+            m.lora_A[name].copy_(ours[path][0])
+            m.lora_B[name].copy_(ours[path][1])
     return head

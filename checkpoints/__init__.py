@@ -23,7 +23,7 @@ from checkpoints.export import save
 from common import UserError
 from model import ModelConfig, Transformer
 
-__all__ = ["build", "load", "load_head", "names", "public_name", "read_config", "resolve", "save"]
+__all__ = ["build", "load", "load_head", "names", "read_config", "resolve", "save"]
 
 
 # ---------------------------------------------------------------- names and places
@@ -90,14 +90,6 @@ def download(repo: str) -> Path:
     return Path(snapshot_download(repo, allow_patterns=kinds))
 
 
-def public_name(config: object, path: str) -> str:
-    """A linear of our model as its family's public files call it: layers.0.mlp.up_proj in a LLaMA is model.layers...,
-    layers.0.attention.key in RWKV is rwkv.blocks.0.attention.key."""
-    if others.family_of(config):
-        return others.file_name(config, path)
-    return path if path.startswith("lm_head") else "model." + path
-
-
 def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
     """A checkpoint, or the directory of an adapter with its base: (source, where the tokenizer is)."""
     if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
@@ -126,18 +118,10 @@ def read_config(name_or_path: str | Path) -> object:
         return hub.config(text.lower())
     path = resolve(name_or_path)
     source, _ = open_any(path)
-    return (others if others.knows(source.config) else families).to_config(source.config, source.path)
+    return families.to_config(source.config, source.path)
 
 
 # ---------------------------------------------------------------- load
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a model came from: enough to write it again as its family writes it."""
-    family: readers.Family
-    raw: dict                          # config.json
-    recipes: list[layouts.Recipe]
-
 
 def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
          lora: tuple | list = (), delta: str | Path | None = None, new_rows: str | None = None, network: bool = False):
@@ -148,8 +132,6 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     path = resolve(name_or_path, network)
     source, tokenizer_at = open_any(path, network)
     adapters.apply(source, [Path(p) for p in lora], None if delta is None else resolve(delta), new_rows)
-    if others.knows(source.config):                          # RWKV, T5, CPM-Ant: another block, another class
-        return others.load_other(path, device, dtype, source), load_tokenizer(tokenizer_at)
     config = families.to_config(source.config, source.path)
     family, raw = families.find(source.config, source.path)[1], source.config
     files = stripped(source, family.prefixes)
@@ -162,7 +144,7 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     if is_classifier(raw) and not config.tie_embeddings:
         model.lm_head = nn.Identity()                        # a reward model writes no words
     recipes = fill(model, files, family, source, torch.device(device), dtype)
-    model.origin = Origin(family, raw, recipes)
+    model.origin = readers.Origin(family, raw, recipes)
     return model.eval(), load_tokenizer(tokenizer_at)
 
 
@@ -179,8 +161,7 @@ def stripped(source: formats.Source, prefixes: tuple[str, ...]) -> dict[str, for
 
 def build(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model of any family with fresh weights; what must stay in fp32 does."""
-    family = others.family_of(config)
-    model = (family.build if family else Transformer)(config).to(dtype)
+    model = others.CLASSES.get(type(config), Transformer)(config).to(dtype)
     for name, p in model.named_parameters():
         if name.rpartition(".")[2] in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
@@ -193,13 +174,21 @@ def is_classifier(raw: dict) -> bool:
 
 def check_layers(files: dict, config: ModelConfig, family: readers.Family, source: formats.Source) -> None:
     """Before a model is built: a config of 4000 layers and a file of two need not cost minutes."""
-    numbers = [int(number) for name in files for stem, number, _ in [layouts.split_name(name)]
-               if number and len(number) < 7 and stem in family.names]
-    if family.names and (there := max(numbers, default=-1) + 1) < config.num_layers:
-        names = {layouts.strip(n, family.prefixes): n for n in source.entries}
-        first = layouts.their_name(f"layers.{there}.input_layernorm.weight", family, names)
-        raise UserError(f"{source.path}: tensor {first} is missing: the config says {config.num_layers} layers, the "
-                        f"file has {there}")
+    stacks = {"layers.*": config.num_layers}
+    if hasattr(config, "num_decoder_layers"):
+        stacks = {"encoder.layers.*": config.num_layers, "decoder.layers.*": config.num_decoder_layers}
+    for stack, layers in stacks.items() if family.names else ():
+        there = 0
+        for name in files:
+            stem, number, _ = layouts.split_name(name)
+            if number and len(number) < 7 and family.names.get(stem, "").startswith(stack):
+                there = max(there, int(number) + 1)
+        if there < layers:
+            names = {layouts.strip(n, family.prefixes): n for n in source.entries}
+            first = next(ours.split()[0] for ours in family.names.values() if ours.startswith(stack))
+            first = layouts.their_name(first.replace("*", str(there)) + ".weight", family, names)
+            raise UserError(f"{source.path}: tensor {first} is missing: the config says {layers} layers, the file has "
+                            f"{there}")
 
 
 def settle_head(files: dict, config: ModelConfig, family: readers.Family) -> None:
@@ -222,7 +211,7 @@ def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Fami
     tied = getattr(model.config, "tie_embeddings", False)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
               if not (tied and name == "lm_head.weight")}
-    recipes = layouts.write(family, model.config, wanted, files)
+    recipes = layouts.write(family, model.config, source.config, wanted, files)
     known = re.compile(family.leftovers + (r"|score\.weight" if is_classifier(source.config) else ""))
     used, filled = {r.file for r in recipes}, {name for r in recipes for name in r.ours}
     extra = [as_there.get(n, n) for n in files if n not in used and not known.fullmatch(n)]
@@ -244,7 +233,8 @@ def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Fami
                             "read from GGUF only")
         for name, part in zip(r.ours, r.split(tensor)):
             parent, _, last = name.rpartition(".")
-            part = part.to(device=device, dtype=torch.float32 if r.plus_one else dtype, copy=True)
+            exact = r.plus_one or (last in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16))
+            part = part.to(device=device, dtype=torch.float32 if exact else dtype, copy=True)
             setattr(model.get_submodule(parent), last, nn.Parameter(part.contiguous()))
     if tied:
         model.tie_weights()

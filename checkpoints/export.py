@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import common
+from checkpoints import others
 from common import UserError
 from data.chat_formats import ALPACA, ROWS, VICUNA
 from model import ModelConfig
@@ -23,12 +24,9 @@ SHARD = 5_000_000_000                      # bytes per file, as the hub likes it
 
 def save(model: nn.Module, tokenizer, out_dir: str | Path, head: Tensor | None = None) -> None:
     """With `head` (1, C) the directory is a ...ForSequenceClassification reward model with one label."""
-    if not isinstance(model.config, ModelConfig):
-        from checkpoints import others  # not at the top: it uses what stands below
-        if head is not None:
-            raise UserError(f"a reward model of {type(model.config).__name__} has no public layout: train it as an "
-                            "adapter, --lora_r 16")
-        return others.save(model, tokenizer, out_dir)
+    if head is not None and not isinstance(model.config, ModelConfig):
+        raise UserError(f"a reward model of {type(model.config).__name__} has no public layout: train it as an "
+                        "adapter, --lora_r 16")
     out_dir = Path(out_dir)
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise UserError("the model still carries LoRA adapters: lora.merge it (or lora.save the adapter), then "
@@ -43,8 +41,7 @@ def save(model: nn.Module, tokenizer, out_dir: str | Path, head: Tensor | None =
     write_weights(tensors, out_dir)
     if tokenizer is not None:
         write_tokenizer(tokenizer, out_dir)
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids,
-                      "pad_token_id": tokenizer.pad_id}
+        generation = ids_of(tokenizer) | {key: raw[key] for key in ("decoder_start_token_id",) if key in raw}
         common.atomic_write(out_dir / "generation_config.json", json.dumps(generation, indent=2))
     raw |= about(next(model.parameters()).dtype, tokenizer, head is not None)
     common.atomic_write(out_dir / "config.json", json.dumps(raw, indent=2))
@@ -67,8 +64,9 @@ def in_our_names(model: nn.Module, classifier: bool) -> tuple[dict[str, Tensor],
 def in_family_names(model: nn.Module, classifier: bool) -> tuple[dict[str, Tensor], dict] | None:
     """The same in the layout of the family that the model was loaded from: every recipe backwards, under the config it
     came with. None for what is written as a LLaMA, and where a rewrite has no way back."""
-    origin = getattr(model, "origin", None)
-    if origin is None or origin.raw["model_type"] == hf_config(model.config, classifier)["model_type"]:
+    ours = isinstance(model.config, ModelConfig)
+    origin = getattr(model, "origin", None) or (None if ours else others.origin(model))
+    if origin is None or (ours and origin.raw["model_type"] == hf_config(model.config, classifier)["model_type"]):
         return None
     state, raw = model.state_dict(), {k: v for k, v in origin.raw.items() if k not in ("torch_dtype", "dtype")}
     tensors = {r.file: r.join([state[name].detach() for name in r.ours]).to(state[r.ours[0]].dtype) for r in
@@ -79,7 +77,8 @@ def in_family_names(model: nn.Module, classifier: bool) -> tuple[dict[str, Tenso
         if state["lm_head.weight"].data_ptr() != model.embed_tokens.weight.data_ptr():
             head = next(n for n, ours in origin.family.names.items() if ours == "lm_head")
             tensors[head + ".weight"], raw["tie_word_embeddings"] = state["lm_head.weight"], False
-    raw |= {"top_query": model.config.top_query} if model.config.top_query else {}   # else read from architectures
+    if top := getattr(model.config, "top_query", ""):
+        raw["top_query"] = top                                        # else it is read from architectures
     kinds = [str(k) for k in raw.get("architectures") or [raw["model_type"].title() + "ForCausalLM"]]
     raw["architectures"] = [re.sub(r"(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", kinds[0]) if classifier
                             else kinds[0]]
@@ -110,11 +109,15 @@ def write_weights(tensors: dict[str, Tensor], out_dir: Path) -> None:
         path.unlink()
 
 
+def ids_of(tokenizer) -> dict:
+    eos = tokenizer.eos_ids
+    return {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos}
+
+
 def about(dtype: torch.dtype, tokenizer, classifier: bool) -> dict:
     """What a config.json says beside the shape of the model."""
-    eos = None if tokenizer is None else tokenizer.eos_ids
-    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
-                                        "eos_token_id": eos[0] if len(eos) == 1 else eos}
+    ids = {} if tokenizer is None else ids_of(tokenizer)
     label = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if classifier else {}
     return {"torch_dtype": str(dtype).removeprefix("torch."), **ids, **label}
 

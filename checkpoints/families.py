@@ -10,13 +10,12 @@ A config.json comes in three dialects: of 2022 (rope_theta, no scaling), of 2024
 different models each (`chatglm`, `glm`): `find` tells them apart.
 """
 import math
-import re
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from checkpoints import newer
+from checkpoints import newer, others
 from checkpoints.layouts import Entries, derived
 from checkpoints.readers import (
     ATTENTION,
@@ -112,28 +111,10 @@ GPT2 = table("h.*.", MLP_OF_GPT2 | {
 MASKS = r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias|causal_mask)|.*rotary_emb\.inv_freq|.*\.embed_positions"
 
 
-def layers_scaled(files: Entries, config: ModelConfig, raw: dict) -> None:
+def inverse_layer(ours: str, config: ModelConfig, raw: dict) -> float:
     """With scale_attn_by_inverse_layer_idx the scores of layer i are divided by i + 1: so we divide its q."""
-    if raw.get("scale_attn_by_inverse_layer_idx"):
-        for name in [n for n in files if re.fullmatch(r"h\.\d+\.attn\.c_attn\.(weight|bias)", n)]:
-            fused = files[name]                                                # (C, 3 C) or (3 C)
-            files[name] = derived(fused.shape, lambda e=fused, n=name: scale_q(e.read(), 1 / (layer_of(n) + 1)), fused)
-
-
-def layers_restored(tensors: dict, config: ModelConfig, raw: dict) -> bool:
-    if raw.get("scale_attn_by_inverse_layer_idx"):
-        for name in [n for n in tensors if ".c_attn." in n]:
-            tensors[name] = scale_q(tensors[name], layer_of(name) + 1)
-    return True
-
-
-def layer_of(name: str) -> int:
-    return int(re.search(r"\d+", name)[0])
-
-
-def scale_q(fused: torch.Tensor, factor: float) -> torch.Tensor:
-    third = fused.shape[-1] // 3
-    return torch.cat((fused[..., :third].float() * factor, fused[..., third:].float()), dim=-1)
+    scaled = raw.get("scale_attn_by_inverse_layer_idx") and ".q_proj." in ours
+    return 1 / (int(ours.split(".")[1]) + 1) if scaled else 1
 
 
 def gpt_neo(raw: dict) -> ModelConfig:
@@ -430,7 +411,6 @@ OWN = table("layers.*.", {n: n for n in (*NORMS, "attention_out_norm", "mlp_out_
             **{n: n for n in ("embed_tokens", "embed_positions", "embed_blocks", "embed_query", "embed_norm", "norm")})
 CONV1D = r"c_attn|c_proj|c_fc|q_attn|kv_attn"
 GPT = {"prefixes": ("transformer.",), "leftovers": MASKS}
-MULTIPLIED = {"prepare": newer.multiplied, "restore": newer.divided}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama, LLAMA), "mistral": Family(mistral, LLAMA), "qwen2": Family(qwen2, LLAMA),
@@ -439,8 +419,7 @@ FAMILIES: dict[str, Family] = {
     "internlm2": Family(llama, INTERNLM2, qkv="per group"),
     "baichuan": Family(baichuan, LLAMA | table("layers.*.", {"self_attn.W_pack": FUSED}), leftovers=
                        r".*rotary_emb\..*|.*(alibi_mask|future_mask)"),
-    "gpt2": Family(gpt2, GPT2, transposed=CONV1D, prepare=layers_scaled,
-                   restore=layers_restored, **GPT),
+    "gpt2": Family(gpt2, GPT2, transposed=CONV1D, factor=inverse_layer, **GPT),
     "gpt_neo": Family(gpt_neo, GPT_NEO, **GPT), "gptj": Family(gptj, GPTJ, rope="pairs", **GPT),
     "codegen": Family(gptj, GPTJ, rope="pairs", qkv="codegen", **GPT),
     "gpt_bigcode": Family(gpt_bigcode, GPT2, qkv=falcon_cut, **GPT),
@@ -464,9 +443,10 @@ FAMILIES: dict[str, Family] = {
     "helium": Family(newer.helium, LLAMA, rope="pairs"), "seed_oss": Family(newer.seed_oss, LLAMA),
     "arcee": Family(newer.arcee, LLAMA),
     "nanochat": Family(newer.nanochat, newer.NANOCHAT, rope="swapped"), "qwen": Family(newer.qwen, newer.QWEN, **GPT),
-    "granite": Family(newer.granite, LLAMA, **MULTIPLIED), "minicpm": Family(newer.minicpm, LLAMA, **MULTIPLIED),
-    "cohere": Family(newer.cohere, LLAMA, rope="pairs", **MULTIPLIED),
-    "cohere2": Family(newer.cohere2, LLAMA, rope="pairs", **MULTIPLIED),
+    "granite": Family(newer.granite, LLAMA, factor=newer.multiplier),
+    "minicpm": Family(newer.minicpm, LLAMA, factor=newer.multiplier),
+    "cohere": Family(newer.cohere, LLAMA, rope="pairs", factor=newer.multiplier),
+    "cohere2": Family(newer.cohere2, LLAMA, rope="pairs", factor=newer.multiplier),
     "glm": Family(glm, GLM, rope="pairs"), "glm4": Family(glm4, GLM, rope="pairs"),
     "chatglm2": Family(chatglm2, CHATGLM2, ("transformer.",), rope="pairs", leftovers=r"rotary_pos_emb\.inv_freq",
                        qkv=lambda c: "per head" if c.num_kv_heads == c.num_heads else "concat"),
@@ -475,7 +455,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_pangu": Family(pangu, PANGU, **GPT),
     "codegeex": Family(codegeex, CODEGEEX, ("module.language_model.", "language_model."), prepare=top_layer,
                        restore=top_layer_restored),
-    "chatpixiu": Family(own, OWN)}
+    "chatpixiu": Family(own, OWN), **others.FAMILIES}
 FAMILIES["baichuan2"] = replace(FAMILIES["baichuan"], prepare=normalised_head)
 SAME = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "moss": "codegen", "stablelm_epoch": "stablelm",
         "gemma3": "gemma3_text", "gpt2_custom": "gpt2", "skywork": "llama", "xverse": "llama", "aquila": "llama"}
@@ -490,6 +470,8 @@ def find(raw: dict, where="config.json") -> tuple[str, Family]:
         name = "glm_10b"
     if name == "baichuan" and "z_loss_weight" in raw:
         name = "baichuan2"
+    if name in ("t5", "mt5"):                    # v1.0 has relu and one matrix in front of it, v1.1 and mT5 have two
+        name = "mt5" if str(raw.get("feed_forward_proj")).startswith("gated-") else "t5"
     name = SAME.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in FAMILIES:
         known = sorted(set(FAMILIES) | set(SAME))

@@ -80,22 +80,29 @@ class Recipe:
     rows: Tensor | None = None         # order of the rows; None: as they are
     transpose: bool = False            # Conv1D stores (in, out)
     plus_one: bool = False             # Gemma stores w of 1 + w; the sum stays in fp32, bf16 would round it
+    factors: list[float] | None = None # of each of ours: constants of a config that are in our weights instead
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """(out, in) of ours, one under the other."""
+        return (sum(s[0] for s in self.shapes), *self.shapes[0][1:])
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What the file should hold."""
-        whole = (sum(s[0] for s in self.shapes), *self.shapes[0][1:])
-        return whole[::-1] if self.transpose else whole
+        return self.matrix[::-1] if self.transpose else self.matrix
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of the file -> ours."""
         tensor = tensor.T if self.transpose else tensor
         tensor = tensor if self.rows is None else tensor[self.rows]
         tensor = tensor.float() + 1 if self.plus_one else tensor
-        return list(tensor.split([s[0] for s in self.shapes]))
+        parts = tensor.split([s[0] for s in self.shapes])
+        return [p.float() * f if f != 1 else p for p, f in zip(parts, self.factors or [1] * len(parts))]
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """Ours -> the tensor of the file."""
+        tensors = [t / f if f != 1 else t for t, f in zip(tensors, self.factors or [1] * len(tensors))]
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         tensor = tensor - 1 if self.plus_one else tensor
         tensor = tensor if self.rows is None else tensor[self.rows.argsort()]
@@ -121,21 +128,22 @@ def split_name(name: str) -> tuple[str, str, str]:
                                                       suffix)
 
 
-def write(family, config: ModelConfig, shapes: dict[str, tuple[int, ...]], file_names: Iterable[str]) -> list[Recipe]:
+def write(family, config: ModelConfig, raw: dict, shapes: dict[str, tuple[int, ...]],
+          file_names: Iterable[str]) -> list[Recipe]:
     """One recipe for each of the file's tensors that the family's table of names knows and the model has a place for.
-    shapes: of our parameters."""
+    raw: config.json; shapes: of our parameters."""
     recipes = []
     for file in file_names:
         stem, number, suffix = split_name(strip(file, family.prefixes))
         ours = [o.replace("*", number, 1) + suffix for o in family.names.get(stem, "").split()]
         if ours and all(name in shapes for name in ours):
-            recipes.append(recipe(family, config, file, ours, [shapes[name] for name in ours]))
+            recipes.append(recipe(family, config, raw, file, ours, [shapes[name] for name in ours]))
     return recipes
 
 
-def recipe(family, config: ModelConfig, file: str, ours: list[str], shapes: list[tuple[int, ...]]) -> Recipe:
+def recipe(family, config: ModelConfig, raw: dict, file: str, ours: list[str], shapes: list[tuple[int, ...]]) -> Recipe:
     rows = None
-    if any(".q_proj." in o or ".k_proj." in o for o in ours):
+    if any(".q_proj." in o or ".k_proj." in o for o in ours) and (len(ours) == 3 or family.rope != "halves"):
         fused = qkv_rows(family.cut(config), config) if len(ours) == 3 else torch.arange(sum(s[0] for s in shapes))
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
         parts = zip([o.split(".")[-2] for o in ours], fused.split([s[0] for s in shapes]))
@@ -144,15 +152,22 @@ def recipe(family, config: ModelConfig, file: str, ours: list[str], shapes: list
         rows = None if torch.equal(rows, torch.arange(len(rows))) else rows
     matrix = len(shapes[0]) == 2
     return Recipe(file, ours, shapes, rows, matrix and family.is_transposed(file),
-                  family.plus_one and not matrix and "norm" in ours[0])
+                  family.plus_one and not matrix and "norm" in ours[0],
+                  [family.factor(name, config, raw) for name in ours] if family.factor else None)
+
+
+def file_name(ours: str, family, prefix: str | None = None) -> str:
+    """What the family's files call one of our parameters, or a module of ours; prefix None: what transformers puts in
+    front."""
+    stem, number, suffix = split_name(ours)
+    theirs = next((n for n, o in family.names.items() if stem in o.split()), stem).replace("*", number or "0") + suffix
+    prefix = next(iter(family.prefixes), "") if prefix is None else prefix
+    return theirs if stem == "lm_head" else prefix + theirs
 
 
 def their_name(ours: str, family, as_there: dict[str, str]) -> str:
-    """What the file would have called one of our parameters, for an error message."""
-    stem, number, suffix = split_name(ours)
-    theirs = next((n for n, o in family.names.items() if stem in o.split()), stem).replace("*", number) + suffix
-    prefix = next((full.removesuffix(short) for short, full in as_there.items() if full != short), "")
-    return theirs if stem == "lm_head" else prefix + theirs
+    """The same under the prefix of this file, for an error message."""
+    return file_name(ours, family, next((full.removesuffix(n) for n, full in as_there.items() if full != n), ""))
 
 
 def check(recipes: list[Recipe], files: Entries, as_there: dict[str, str], where) -> None:

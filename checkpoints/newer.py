@@ -1,16 +1,13 @@
 """Families of 2023 and later: Gemma, Phi, OLMo, Granite, MiniCPM, Cohere, Qwen 1 and others that start from LLaMA.
 
 A family is a reader and a table, as in families.py. Four of them multiply what attention and MLP add to the stream, or
-the logits, by a constant: W x * c is (c W) x, so `multiplied` puts it into o_proj, down_proj and the last norm, and
-`divided` takes it out again when the model is saved. The model itself knows nothing of it.
+the logits, by a constant: W x * c is (c W) x, so our o_proj, down_proj and last norm are the file's times that constant
+(`multiplier`). The model itself knows nothing of it.
 """
 import math
 import re
 from dataclasses import replace
 
-from torch import Tensor
-
-from checkpoints.layouts import Entries, derived
 from checkpoints.readers import (
     ATTENTION,
     FUSED,
@@ -232,21 +229,9 @@ def multipliers(config: ModelConfig, raw: dict) -> tuple[float, float]:
     return residual, logits * raw.get("dim_model_base", config.hidden_size) / config.hidden_size
 
 
-def multiplier(name: str, residual: float, logits: float) -> float:
-    """layers.3.mlp.down_proj.weight -> residual, norm.weight -> logits, others 1; with or without a prefix."""
-    if re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name):
+def multiplier(ours: str, config: ModelConfig, raw: dict) -> float:
+    """layers.3.mlp.down_proj.weight -> residual, norm.weight -> logits, others 1."""
+    residual, logits = multipliers(config, raw)
+    if re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", ours):
         return residual
-    return logits if re.fullmatch(r"(model\.)?norm\.weight", name) else 1.0
-
-
-def multiplied(files: Entries, config: ModelConfig, raw: dict) -> None:
-    for name, entry in files.items():
-        if (factor := multiplier(name, *multipliers(config, raw))) != 1:
-            files[name] = derived(entry.shape, lambda e=entry, f=factor: e.read().float() * f, entry)
-
-
-def divided(tensors: dict[str, Tensor], config: ModelConfig, raw: dict) -> bool:
-    for name, tensor in tensors.items():
-        if (factor := multiplier(name, *multipliers(config, raw))) != 1:
-            tensors[name] = (tensor.float() / factor).to(tensor.dtype)
-    return True
+    return logits if ours == "norm.weight" else 1.0

@@ -1,36 +1,20 @@
 """The families that are no decoder of model.py: RWKV-4, T5 and its kin, CPM-Ant. For each one a reader of its
-config.json, the table of names, and the way back, so that what was trained here is a directory that transformers loads.
-
-    names    tensor of the file -> our parameter, * for the number of the layer, without the file's prefix
+config.json, the table of names, and the reader backwards, for a model that was built here and never loaded.
 
 BlinkDL's own RWKV files have no config: the sizes are those of the tensors (`open_blinkdl`).
 """
-import dataclasses
-import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
-import common
-from checkpoints import export, formats, readers
+from checkpoints import formats, layouts, readers
+from checkpoints.layouts import Entries
+from checkpoints.readers import Family, Origin
 from common import UserError
 from cpm import CPM, CPMConfig
 from rwkv import RWKV, RWKVConfig
 from t5 import T5, T5Config
-
-
-@dataclass(frozen=True)
-class Family:
-    config: Callable[[dict], object]       # config.json -> our config
-    names: dict[str, str]                  # tensor of the file -> our parameter
-    prefixes: tuple[str, ...] = ()         # what the file may put before its names, the head's excepted
-    leftovers: str = ""                    # regular expression: tensors of public files that hold no weights
-    build: Callable[[object], nn.Module] = None
-
 
 # ---------------------------------------------------------------- configs
 
@@ -91,88 +75,80 @@ def cpm(raw: dict) -> CPMConfig:
 
 # ---------------------------------------------------------------- names
 
-def both(theirs: str, ours: str) -> dict[str, str]:
-    return {f"{theirs}.{half}": f"{ours}.{half}" for half in ("weight", "bias")}
-
-
 RWKV_NAMES = {
-    "embeddings.weight": "embed_tokens.weight", **both("blocks.0.pre_ln", "embed_norm"), **both("ln_out", "norm"),
-    "head.weight": "lm_head.weight", **both("blocks.*.ln1", "layers.*.ln1"), **both("blocks.*.ln2", "layers.*.ln2"),
-    **{f"blocks.*.attention.{name}": f"layers.*.attention.{name}" for name in
-       ("time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance", "key.weight",
-        "value.weight", "receptance.weight", "output.weight")},
-    **{f"blocks.*.feed_forward.{name}": f"layers.*.feed_forward.{name}" for name in
-       ("time_mix_key", "time_mix_receptance", "key.weight", "value.weight", "receptance.weight")}}
+    "blocks.*.ln1": "layers.*.ln1", "blocks.*.ln2": "layers.*.ln2", "blocks.*.pre_ln": "embed_norm",      # only in 0
+    **{f"blocks.*.{part}.{name}": f"layers.*.{part}.{name}" for part, names in (
+        ("attention", "time_decay time_first time_mix_key time_mix_value time_mix_receptance key value receptance "
+                      "output"),
+        ("feed_forward", "time_mix_key time_mix_receptance key value receptance")) for name in names.split()},
+    "embeddings": "embed_tokens", "ln_out": "norm", "head": "lm_head"}
 
 
 def t5_names(gated: bool) -> dict[str, str]:
-    names = {"shared.weight": "embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+    names = {}
     mlp = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"} if gated else {"wi": "up_proj", "wo": "down_proj"}
-    for stack in ("encoder", "decoder"):
-        ours, last = f"{stack}.layers.*.", 1 if stack == "encoder" else 2
-        parts = [(0, "SelfAttention", "self_attn", "input_layernorm")]
-        parts += [(1, "EncDecAttention", "cross_attn", "cross_attn_layernorm")] if last == 2 else []
-        for i, theirs, attention, norm in parts:
-            names |= {f"{stack}.block.*.layer.{i}.{theirs}.{x}.weight": f"{ours}{attention}.{x}_proj.weight"
-                      for x in "qkvo"}
-            names[f"{stack}.block.*.layer.{i}.layer_norm.weight"] = f"{ours}{norm}.weight"
-        names |= {f"{stack}.block.*.layer.{last}.DenseReluDense.{x}.weight": f"{ours}mlp.{y}.weight"
-                  for x, y in mlp.items()}
-        names[f"{stack}.block.*.layer.{last}.layer_norm.weight"] = f"{ours}post_attention_layernorm.weight"
-        names[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = f"{stack}.position_bias.weight"
-        names[f"{stack}.final_layer_norm.weight"] = f"{stack}.norm.weight"
-    return names
+    for stack, attentions in (("encoder", [("SelfAttention", "self_attn", "input_layernorm")]),
+                              ("decoder", [("SelfAttention", "self_attn", "input_layernorm"),
+                                           ("EncDecAttention", "cross_attn", "cross_attn_layernorm")])):
+        theirs, ours = f"{stack}.block.*.layer.", f"{stack}.layers.*."
+        for i, (attention, our_attention, norm) in enumerate(attentions):
+            names[f"{theirs}{i}.layer_norm"] = ours + norm
+            names |= {f"{theirs}{i}.{attention}.{x}": f"{ours}{our_attention}.{x}_proj" for x in "qkvo"}
+        names |= {f"{theirs}{i + 1}.DenseReluDense.{x}": f"{ours}mlp.{y}" for x, y in mlp.items()}
+        names[f"{theirs}{i + 1}.layer_norm"] = ours + "post_attention_layernorm"
+        names[f"{theirs}0.SelfAttention.relative_attention_bias"] = f"{stack}.position_bias"       # only in 0
+        names[f"{stack}.final_layer_norm"] = f"{stack}.norm"
+    return names | {"shared": "embed_tokens", "lm_head": "lm_head"}
 
 
 CPM_LAYER = {"self_att.layernorm_before_attention": "input_layernorm", "ffn.layernorm_before_ffn":
              "post_attention_layernorm", "self_att.self_attention.attention_out": "o_proj",
              **{f"self_att.self_attention.project_{x}": f"{x}_proj" for x in "qkv"},
              "ffn.ffn.w_in.w_0": "gate_proj", "ffn.ffn.w_in.w_1": "up_proj", "ffn.ffn.w_out": "down_proj"}
-CPM_NAMES = {"input_embedding.weight": "embed_tokens.weight", "segment_embedding.weight": "embed_segments.weight",
-             "position_bias.relative_attention_bias": "position_bias", "encoder.output_layernorm.weight": "norm.weight",
-             "lm_head.weight": "lm_head.weight",
-             **{f"encoder.layers.*.{theirs}.weight": f"layers.*.{ours}.weight" for theirs, ours in CPM_LAYER.items()}}
+CPM_NAMES = {**{f"encoder.layers.*.{theirs}": f"layers.*.{ours}" for theirs, ours in CPM_LAYER.items()},
+             "input_embedding": "embed_tokens", "segment_embedding": "embed_segments", "lm_head": "lm_head",
+             "position_bias.relative_attention_bias": "position_bias", "encoder.output_layernorm": "norm"}
+
+
+def t5_head(files: Entries, config: T5Config, raw: dict) -> None:
+    """The file alone decides: its config says what an old transformers needs for the right scale."""
+    config.tie_embeddings = True
+
+
+def t5_head_restored(tensors: dict, config: T5Config, raw: dict) -> bool:
+    """To others "tied" means "scaled"."""
+    if not config.scale_output:
+        tensors.setdefault("lm_head.weight", tensors["shared.weight"].clone())
+    raw |= {"tie_word_embeddings": config.scale_output, "scale_decoder_outputs": config.scale_output}
+    return True
+
+
+def cpm_head(files: Entries, config: CPMConfig, raw: dict) -> None:
+    """The head is a part of the embedding: old files do not write it, or with the rows of the prompts."""
+    embedding = files.get("input_embedding.weight")
+    whole = files.get("lm_head.weight", embedding)
+    if embedding is not None and len(whole.shape) == 2 and whole.shape == embedding.shape:
+        files["lm_head.weight"] = layouts.derived((config.vocab_size, whole.shape[1]),
+                                                  lambda: whole.read()[:config.vocab_size], whole)
+
 
 # Old T5 files hold the embedding three times, and a second table that no layer reads.
 T5_LEFTOVERS = (r"(encoder|decoder)\.embed_tokens\.weight|"
                 r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
-RWKV4 = Family(rwkv, RWKV_NAMES, ("rwkv.",), "", RWKV)
-T5_RELU = Family(t5, t5_names(gated=False), (), T5_LEFTOVERS, T5)
-T5_GATED = Family(t5, t5_names(gated=True), (), T5_LEFTOVERS, T5)
-CPM_ANT = Family(cpm, CPM_NAMES, ("cpmant.",), "", CPM)
-TYPES = {"rwkv": RWKV4, "t5": T5_RELU, "mt5": T5_GATED, "cpmant": CPM_ANT}
+T5_HEAD = {"leftovers": T5_LEFTOVERS, "build": T5, "prepare": t5_head, "restore": t5_head_restored}
+T5_RELU, T5_GATED = (Family(t5, t5_names(gated), (), **T5_HEAD) for gated in (False, True))
+FAMILIES = {"rwkv": Family(rwkv, RWKV_NAMES, ("rwkv.",), build=RWKV), "t5": T5_RELU, "mt5": T5_GATED,
+            "cpmant": Family(cpm, CPM_NAMES, ("cpmant.",), build=CPM, prepare=cpm_head, restore=lambda *_: True)}
+CLASSES = {RWKVConfig: RWKV, T5Config: T5, CPMConfig: CPM}
 
 
-def family_of(config: object) -> Family | None:
-    """By the class of our config; None: a decoder of model.py."""
-    if isinstance(config, T5Config):
-        return T5_GATED if config.gated else T5_RELU
-    return RWKV4 if isinstance(config, RWKVConfig) else CPM_ANT if isinstance(config, CPMConfig) else None
-
-
-def knows(raw: dict) -> bool:
-    return isinstance(raw.get("model_type"), str) and raw["model_type"] in TYPES
-
-
-def to_config(raw: dict, where: Path) -> object:
-    try:
-        return TYPES[raw["model_type"]].config({key: value for key, value in raw.items() if value is not None})
-    except KeyError as missing:
-        raise UserError(f"{where}: the config lacks {missing}") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def file_name(config: object, ours: str) -> str:
-    """layers.3.attention.key.weight -> rwkv.blocks.3.attention.key.weight: how transformers calls it. An adapter's
-    path comes without .weight and goes without it."""
-    family, tail = family_of(config), "" if ours.endswith((".weight", ".bias")) else ".weight"
-    layer = re.search(r"(?<=layers\.)\d+", ours)
-    back = {mine: theirs for theirs, mine in family.names.items()}
-    wanted = re.sub(r"(?<=layers\.)\d+", "*", ours)
-    theirs = back.get(wanted) or back[wanted + tail].removesuffix(tail)
-    theirs = theirs.replace("*", layer[0]) if layer else theirs
-    return theirs if ours.startswith("lm_head") else "".join(family.prefixes[:1]) + theirs
+def origin(model: nn.Module) -> Origin:
+    """Of a model that was built here: what its family would call it."""
+    raw = public_config(model.config)
+    family = T5_GATED if getattr(model.config, "gated", False) else FAMILIES[raw["model_type"]]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}             # a tied head is not among them
+    files = [layouts.file_name(name, family) for name in shapes]
+    return Origin(family, raw, layouts.write(family, model.config, raw, shapes, files))
 
 
 # ---------------------------------------------------------------- BlinkDL's files
@@ -216,121 +192,11 @@ def open_blinkdl(path: Path) -> formats.Source:
     return formats.Source(path, config, renamed)
 
 
-# ---------------------------------------------------------------- load
+# ---------------------------------------------------------------- the way back
 
-def load_other(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-               source: formats.Source | None = None) -> nn.Module:
-    """A directory or a BlinkDL file -> model. Strict both ways, errors name the file and the tensor."""
-    if source is None:
-        source = open_blinkdl(pth) if (pth := find_blinkdl(Path(path))) else formats.open_source(Path(path))
-    config = to_config(source.config, source.path)
-    family = family_of(config)
-    for prefix in family.prefixes:
-        source.entries = {n if n.startswith(prefix) or n in ("head.weight", "lm_head.weight") else prefix + n: e
-                          for n, e in source.entries.items()}
-    check_layers(source, config)
-    settle_head(source, config)
-    with torch.device("meta"):
-        model = family.build(config)
-    fill(model, source, torch.device(device), dtype)
-    return model.eval()
-
-
-def check_layers(source: formats.Source, config: object) -> None:
-    """Before a model is built: a config of 4000 layers and a file of two need not cost minutes."""
-    stacks = {"": config.num_layers}
-    if isinstance(config, T5Config):
-        stacks = {"encoder.": config.num_layers, "decoder.": config.num_decoder_layers}
-    for stack, layers in stacks.items():
-        ours = next(ours for ours in family_of(config).names.values() if ours.startswith(f"{stack}layers.*."))
-        for i in range(layers):
-            name = file_name(config, ours.replace("*", str(i)))
-            if name not in source.entries:
-                raise UserError(f"{source.path}: tensor {name} is missing: the config says {layers} layers")
-
-
-def settle_head(source: formats.Source, config: object) -> None:
-    """"Tied" in the config loses against another head in the file; the same head written twice is still tied. For T5
-    the file alone decides: its config says what an old transformers needs for the right scale. CPM's head is a part of
-    the embedding: old files do not write it, or with the rows of the prompts."""
-    head, embedding = file_name(config, "lm_head.weight"), file_name(config, "embed_tokens.weight")
-    if embedding not in source.entries:
-        return                                               # `fill` will say so
-    if isinstance(config, CPMConfig):
-        whole = source.entries.get(head) or source.entries[embedding]
-        if len(whole.shape) == 2 and whole.shape == source.entries[embedding].shape:
-            source.entries[head] = formats.Entry((config.vocab_size, whole.shape[1]),
-                                                 lambda: whole.read()[:config.vocab_size], whole.file)
-    elif head in source.entries and (config.tie_embeddings or isinstance(config, T5Config)):
-        same = source.shape(head) == source.shape(embedding)
-        config.tie_embeddings = same and torch.equal(source.read(head), source.read(embedding))
-        if config.tie_embeddings:
-            del source.entries[head]
-
-
-def fill(model: nn.Module, source: formats.Source, device: torch.device, dtype: torch.dtype) -> None:
-    """Names and shapes are compared before the first byte is read; then each tensor goes straight to its place."""
-    config, family = model.config, family_of(model.config)
-    wanted = {file_name(config, ours): (ours, tuple(p.shape)) for ours, p in model.named_parameters()}
-    extra = [n for n in source.entries if n not in wanted and not re.fullmatch(family.leftovers, n)]
-    if missing := [n for n in wanted if n not in source.entries]:
-        hint = f"; the file has {extra[0]} ({len(extra)} tensors without a place)" if extra else ""
-        raise UserError(f"{source.path}: tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} "
-                        f"parameters){hint}")
-    if extra:
-        raise UserError(f"{source.path}: tensor {extra[0]} of {source.entries[extra[0]].file.name} has no place in "
-                        f"this model ({len(extra)} such tensors): the config does not describe this file")
-    for name, (_, shape) in wanted.items():
-        if tuple(source.shape(name)) != shape:
-            raise UserError(f"{source.path}: tensor {name} is {tuple(source.shape(name))}, the config asks for {shape}")
-    for name, (ours, _) in wanted.items():
-        tensor = source.read(name)
-        if not tensor.dtype.is_floating_point:
-            raise UserError(f"{source.path}: tensor {name} is {tensor.dtype}, not floating point")
-        parent, _, last = ours.rpartition(".")
-        exact = last in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16)
-        tensor = tensor.to(device=device, dtype=torch.float32 if exact else dtype, copy=True)
-        setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
-    if not isinstance(config, CPMConfig):
-        model.tie_weights()
-
-
-# ---------------------------------------------------------------- save
-
-def save(model: nn.Module, tokenizer, out_dir: str | Path) -> None:
-    """A directory that transformers loads, as export.save writes it for the decoder."""
-    out_dir, config = Path(out_dir), model.config
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise UserError("the model still carries LoRA adapters: lora.merge it (or lora.save the adapter), then "
-                        "lora.strip")
-    own_head = model.lm_head.weight is not model.embed_tokens.weight             # a merged adapter has untied it
-    if own_head and getattr(config, "tie_embeddings", False):
-        config = dataclasses.replace(config, tie_embeddings=False)
-    tensors = {file_name(config, ours): p for ours, p in model.state_dict().items()
-               if own_head or not ours.startswith("lm_head")}
-    if isinstance(config, T5Config) and not own_head and not config.scale_output:
-        tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()        # "tied" would mean "scaled" to others
-    if bad := next((n for n, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
-        raise UserError(f"{bad} is not finite: the model is broken, nothing was saved in {out_dir}")
-    raw = hf_config(config, next(model.parameters()).dtype)
-    if tokenizer is not None:
-        eos = tokenizer.eos_ids
-        raw |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
-                "eos_token_id": eos[0] if len(eos) == 1 else eos}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "config.json").unlink(missing_ok=True)          # an earlier model's must not vouch for these weights
-    export.write_weights(tensors, out_dir)
-    if tokenizer is not None:
-        export.write_tokenizer(tokenizer, out_dir)
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        generation = {key: raw[key] for key in keys if key in raw}
-        common.atomic_write(out_dir / "generation_config.json", json.dumps(generation, indent=2))
-    common.atomic_write(out_dir / "config.json", json.dumps(raw, indent=2))
-
-
-def hf_config(config: object, dtype: torch.dtype) -> dict:
+def public_config(config: RWKVConfig | T5Config | CPMConfig) -> dict:
     """The readers above, backwards."""
-    always = {"vocab_size": config.vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
+    always = {"vocab_size": config.vocab_size}
     if isinstance(config, RWKVConfig):
         return always | {
             "architectures": ["RwkvForCausalLM"], "model_type": "rwkv", "hidden_size": config.hidden_size,

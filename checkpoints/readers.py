@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from checkpoints.layouts import Entries
+from checkpoints.layouts import Entries, Recipe
 from common import UserError
 from model import ModelConfig, Transformer
 
@@ -27,6 +27,7 @@ class Family:
     transposed: str = ""                           # regex: matrices that are stored (in, out)
     plus_one: bool = False                         # norms store w of 1 + w
     leftovers: str = r".*rotary_emb\.inv_freq"     # regex: tensors that hold no weights
+    factor: Callable[[str, ModelConfig, dict], float] | None = None    # our parameter is the file's, times this
     prepare: Callable[[Entries, ModelConfig, dict], None] | None = None        # rewrites that a recipe cannot do
     restore: Callable[[dict, ModelConfig, dict], bool] = lambda *_: False      # and back; False: there is no way
     build: Callable[[ModelConfig], nn.Module] = Transformer
@@ -36,6 +37,14 @@ class Family:
 
     def is_transposed(self, name: str) -> bool:
         return bool(self.transposed) and re.search(self.transposed, name) is not None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: enough to write it again as its family writes it."""
+    family: Family
+    raw: dict                          # config.json
+    recipes: list[Recipe]
 
 
 ALIASES = {"hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),

@@ -9,6 +9,7 @@ import torch
 from conftest import error, random_ids, randomize
 
 import checkpoints
+import lora
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -156,6 +157,31 @@ def test_greedy_text(pair):
     mask = torch.ones_like(ids)
     mask[:, :3] = 0
     assert ours.generate(ids, 12, mask, temperature=0.0).tolist() == expected.tolist(), name
+
+
+def test_adapters_are_pefts(pair, tmp_path):
+    """One adapter on every linear: our live one, peft's on their model, merged at load, and loaded again."""
+    import peft
+    name, theirs, ours, folder = pair
+    lora.apply(ours, 3, 6.0, name="a")
+    for i, (_, p) in enumerate(lora.parameters(ours, "a")):
+        p.data = 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    lora.save(ours, "a", tmp_path, base=str(folder))
+    with torch.no_grad(), lora.use(ours, "a"):
+        expected = ours(IDS)
+    lora.strip(ours)
+    with torch.no_grad():
+        assert error(ours(IDS), expected) > 1e-3, "the adapter does nothing: the example tests nothing"
+        assert error(checkpoints.load(folder, lora=[tmp_path])[0](IDS), expected) < 5e-5, name
+        lora.load(ours, tmp_path, "again")
+        assert {len(m.lora_A["again"]) for _, m in lora.layers(ours)} == {3}   # q, k and v are three again
+        with lora.use(ours, "again"):
+            assert error(ours(IDS), expected) < TOLERANCE, name
+        lora.strip(ours)
+        adapted = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+        found = error(theirs_on(adapted, IDS), expected)
+        adapted.unload()
+        assert found < 5e-5, f"{name}: {found:.1e}"
 
 
 def test_the_way_back(pair, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import checkpoints
 import memory
-from checkpoints import families, hub, others
+from checkpoints import families, hub
 
 # As the model cards, papers and the hub's file headers count them. A head that is the embedding is counted once ...
 PUBLISHED = {
@@ -99,7 +99,7 @@ DEFAULTS = {"GPT2": ("gpt2", ()), "OpenAIGPT": ("openai-gpt", ()), "GPTJ": ("gpt
 def test_defaults_of_transformers_are_the_same_models(kind):
     transformers = pytest.importorskip("transformers")
     raw, (name, others_differ) = getattr(transformers, kind + "Config")().to_dict(), DEFAULTS[kind]
-    theirs = (others if others.knows(raw) else families).to_config(raw, kind)
+    theirs = families.to_config(raw, kind)
     found, named = dataclasses.asdict(theirs), dataclasses.asdict(checkpoints.read_config(name))
     assert {k for k in found if found[k] != named[k]} == set(others_differ)
 

@@ -161,7 +161,7 @@ MISTAKES = {
     "key heads in turn": Mistake("llama 3.1", code=key_heads_in_turn),
     "Gemma's 1 + w read as w": Mistake("gemma", family={"plus_one": False}),
     "the norms of a parallel block exchanged": Mistake("falcon 40b", model=norms_exchanged),
-    "scores not divided by the number of the layer": Mistake("gpt2 scaled", family={"prepare": None}),
+    "scores not divided by the number of the layer": Mistake("gpt2 scaled", family={"factor": None}),
     "Baichuan 2's head not normalised": Mistake("baichuan2 7b", family={"prepare": None}),
     "a head of its own ignored": Mistake("gpt2 unscaled", {"tie_embeddings": True}, code=head_kept_tied),
     # positions

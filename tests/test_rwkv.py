@@ -21,7 +21,7 @@ import lora
 import memory
 import rwkv
 import sft
-from checkpoints import others
+from checkpoints import layouts
 from common import UserError
 from data import batch as data_batch
 from data import tokenizer as tokenizers
@@ -183,7 +183,7 @@ def test_gradients_are_transformers(tmp_path):
     (-logp.mean()).backward()
     there = dict(reference.named_parameters())
     for name, p in ours.named_parameters():
-        assert_close(p.grad, there[others.file_name(ours.config, name)].grad, 2e-4, name)
+        assert_close(p.grad, there[layouts.file_name(name, ours.origin.family)].grad, 2e-4, name)
 
 
 # ---------------------------------------------------------------- one text, many ways

@@ -136,7 +136,8 @@ LLAMA = table("layers.*.", NORMS | ATTENTION | GATED, **OUTER)
 def llama(raw: dict) -> ModelConfig:
     """LLaMA 1, 2, 3 and everything that took its shape."""
     bias = bool(raw.get("attention_bias", raw.get("bias", False)))             # InternLM's key
-    return read(raw, "silu", qkv_bias=bias, out_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False)), **rope(raw))
+    return read(raw, "silu", intermediate_size=raw["intermediate_size"], qkv_bias=bias, out_bias=bias,
+                mlp_bias=bool(raw.get("mlp_bias", False)), **rope(raw))
 
 
 # The largest sizes that are believed: a damaged or invented number is an error, not an allocation.

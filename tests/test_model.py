@@ -875,7 +875,7 @@ def test_the_sampler_in_two_steps_draws_what_one_running_sum_draws(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     logits = 2 * torch.randn(500, vocabulary, generator=generator)
     noise = torch.rand(500, generator=generator)
-    new, logp = model_file.sample(logits, noise, 0.7)
+    new, logp = sample(logits, noise, 0.7)
     exact = (logits.double() / 0.7).log_softmax(-1)
     heights = exact.exp().cumsum(-1).gather(1, new[:, None])[:, 0]
     chosen = exact.gather(1, new[:, None])[:, 0]

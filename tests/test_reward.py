@@ -192,6 +192,7 @@ def test_r2_r3_r4_score_does_not_depend_on_padding_or_company(make, pad_id):
     judge = make()
     rows = answers()
     alone = torch.cat([judge(torch.tensor([row])) for row in rows])
+    near = 1e-5 * float(alone.abs().max())                    # one of the scores is close to zero
     for side in ("right", "left"):
         for extra in (0, 1, 7):
             ids, mask = data_batch.pad(rows, pad_id, side=side)
@@ -199,7 +200,7 @@ def test_r2_r3_r4_score_does_not_depend_on_padding_or_company(make, pad_id):
             mask = F.pad(mask, (extra, 0) if side == "left" else (0, extra))
             assert_close(judge(ids, mask), alone, 1e-5, (side, extra, pad_id))
             for i in range(3):
-                assert_close(judge(ids[i:i + 1], mask[i:i + 1]), alone[i:i + 1], 1e-5, (side, extra, i))
+                assert abs(float(judge(ids[i:i + 1], mask[i:i + 1]) - alone[i])) <= near, (side, extra, i)
 
 
 @torch.no_grad()

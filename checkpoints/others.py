@@ -38,11 +38,15 @@ def rwkv(raw: dict) -> RWKVConfig:
         max_positions=number(raw, "context_length", 1024), tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
 
 
+def feed_forward(raw: dict) -> str:
+    return str(raw.get("feed_forward_proj") or ("gated-gelu" if raw["model_type"] == "mt5" else "relu"))
+
+
 def t5(raw: dict) -> T5Config:
     """v1.0 says relu and scales the head's input, v1.1 gated-gelu and does not: old configs tell by
     tie_word_embeddings, new ones, where that is always true, by scale_decoder_outputs."""
-    how = raw.get("feed_forward_proj", "relu")
-    gated, act = str(how).startswith("gated-"), str(how).removeprefix("gated-")
+    how = feed_forward(raw)
+    gated, act = how.startswith("gated-"), how.removeprefix("gated-")
     if act not in readers.ACTIVATION_NAMES:
         raise ValueError(f"feed_forward_proj is {how!r}; known: {', '.join(readers.ACTIVATION_NAMES)}, and gated-... "
                          "of each")

@@ -245,7 +245,7 @@ BLOOM = table("h.*.", NORMS | MEGATRON | {"self_attention.query_key_value": FUSE
 
 
 def mpt(raw: dict) -> ModelConfig:
-    how = {"alibi": False, "alibi_bias_max": 8, **{k: v for k, v in (raw.get("attn_config") or {}).items()
+    how = {"alibi": True, "alibi_bias_max": 8, **{k: v for k, v in (raw.get("attn_config") or {}).items()
                                                    if v is not None}}
     kind = how.get("attn_type", "multihead_attention")
     if how.get("prefix_lm") or how.get("rope") or kind not in ("multihead_attention", "multiquery_attention",

@@ -48,8 +48,8 @@ def t5(raw: dict) -> T5Config:
     how = feed_forward(raw)
     gated, act = how.startswith("gated-"), how.removeprefix("gated-")
     if act not in readers.ACTIVATION_NAMES:
-        raise ValueError(f"feed_forward_proj is {raw.get('feed_forward_proj')!r}; known: {', '.join(readers.ACTIVATION_NAMES)}, and gated-... "
-                         "of each")
+        raise ValueError(f"feed_forward_proj is {raw.get('feed_forward_proj')!r}; known: "
+                         f"{', '.join(readers.ACTIVATION_NAMES)}, and gated-... of each")
     tied = bool(raw.get("tie_word_embeddings", True))
     start = raw.get("decoder_start_token_id", raw.get("pad_token_id", 0))
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < number(raw, "vocab_size"):

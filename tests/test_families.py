@@ -188,6 +188,23 @@ def test_greedy_text(pair):
     assert ours.generate(ids, 12, mask, temperature=0.0).tolist() == expected.tolist(), name
 
 
+@pytest.mark.parametrize("pads", [0, 3])
+def test_a_text_that_outgrows_the_trained_length_while_it_is_written(pads, tmp_path):
+    """longrope has other divisors from then on, also for what is in the cache: as without a cache."""
+    theirs = randomize(built("Phi3", SIZES | GQA | {
+        "max_position_embeddings": 128, "original_max_position_embeddings": 14, "rope_parameters": LONG}), seed=3)
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoints.load(tmp_path)[0]
+    expected = greedy(theirs, IDS[:, :9], 12)
+    ids, mask = torch.full((2, 9 + pads), 5), torch.zeros(2, 9 + pads, dtype=torch.int64)
+    ids[:, pads:], mask[:, pads:] = IDS[:, :9], 1
+    assert ours.generate(ids, 12, mask, temperature=0.0).tolist() == expected.tolist()
+    # A row that has ended is dropped on the way; the other one goes on as if nothing had happened.
+    end = int(expected[0, 3])
+    assert end not in expected[1].tolist()
+    assert ours.generate(ids, 12, mask, temperature=0.0, eos_ids=[end])[1].tolist() == expected[1].tolist()
+
+
 def test_adapters_are_pefts(pair, tmp_path):
     """One adapter on every linear: our live one, peft's on their model, merged at load, and loaded again."""
     import peft

@@ -38,11 +38,16 @@ def capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def use_triton(x: Tensor) -> bool:
-    """The decision for an operation whose first argument is x. Cards before 8.0 only pretend to have bf16."""
+def choice() -> str:
     mode = os.environ.get("KERNELS", "auto")
     if mode not in ("auto", "torch", "triton"):
         raise UserError(f"KERNELS={mode!r}: known are auto, torch and triton")
+    return mode
+
+
+def use_triton(x: Tensor) -> bool:
+    """The decision for an operation whose first argument is x. Cards before 8.0 only pretend to have bf16."""
+    mode = choice()
     if mode == "torch" or not (INSTALLED or mode == "triton"):
         return False
     if mode == "triton":

@@ -36,12 +36,14 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import LOG2E, architecture, choice, power_of_two, tanh, tiles, tl, triton, use_triton
 
-# (queries, keys, stages, warps) per architecture and head dim. Compiled for 9.0 without spills (test_sm90_compile.py),
-# not yet timed: `python -m kernels.bench --tune attention` on the card, and paste.
-FORWARD = {80: {64: (64, 64, 3, 4), 128: (64, 64, 2, 4), 256: (64, 32, 2, 4)},
-           90: {64: (128, 64, 2, 8), 128: (128, 64, 2, 8), 256: (64, 64, 2, 8)}}
-BACKWARD = {80: {64: (64, 64, 2, 4), 128: (32, 64, 2, 4), 256: (32, 32, 1, 4)},       # dK, dV: (queries, keys, ...)
-            90: {64: (64, 128, 2, 8), 128: (64, 128, 2, 8), 256: (32, 64, 1, 8)}}
+# (queries, keys, stages, warps) per architecture and head dim: sizes that fit the card's shared memory and spill no
+# register (tests/test_sm90_compile.py), not yet timed: `python -m kernels.bench --tune attention` prints better ones.
+FORWARD = {80: {64: (64, 64, 2, 4), 128: (64, 64, 2, 4), 256: (64, 32, 2, 4)},
+           86: {64: (64, 64, 2, 4), 128: (64, 32, 2, 4), 256: (32, 32, 1, 4)},
+           90: {64: (128, 64, 2, 8), 128: (128, 64, 2, 8), 256: (128, 32, 2, 8)}}
+BACKWARD = {80: {64: (32, 64, 2, 4), 128: (32, 64, 2, 8), 256: (16, 32, 2, 4)},       # dK, dV
+            86: {64: (32, 64, 2, 4), 128: (32, 32, 2, 4), 256: (16, 32, 1, 4)},
+            90: {64: (64, 128, 2, 8), 128: (32, 128, 2, 8), 256: (16, 32, 2, 4)}}
 SHORT = 256         # on a CPU the definition is the faster one up to here (docs/LOG.md)
 
 
@@ -110,13 +112,14 @@ def ref_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, slopes: Tensor 
 # ---------------------------------------------------------------- tiles
 
 @triton.jit
-def load_tile(X, stride, rows, limit, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a (length, D) matrix as (rows, BD): zeros behind the last row and behind D."""
+def load_tile(X, stride, rows, limit, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.constexpr):
+    """Rows of a (length, D) matrix as (rows, BD), zeros behind D. Rows behind the last one repeat it: what is made of
+    them is masked later, and a load without a mask takes fewer registers."""
     dims = tl.arange(0, BD)
+    if BOUNDED:
+        rows = tl.minimum(rows, limit - 1)
     at = X + rows[:, None].to(tl.int64) * stride + dims[None, :]
-    if MASKED:
-        return tl.load(at, mask=(rows[:, None] < limit) & (dims[None, :] < D), other=0.0)
-    elif BD != D:
+    if BD != D:
         return tl.load(at, mask=dims[None, :] < D, other=0.0)
     else:
         return tl.load(at)
@@ -130,15 +133,16 @@ def store_tile(X, stride, rows, limit, x, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def score_tile(q, k, rows, columns, scale, cap, slope, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr):
-    """Scores of a tile in base 2, and tanh's value, of which the backward makes its derivative. rows are positions."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+def score_tile(a, b, rows, columns, scale, cap, slope, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr):
+    """Scores of a tile in base 2, and tanh's value, of which the backward makes its derivative. a = q, b = k, rows
+    (BM, 1) and columns (1, BN); or the tile on its side: a = k, b = q, rows (1, BM) and columns (BN, 1)."""
+    s = tl.dot(a, tl.trans(b), input_precision="ieee") * scale
     t = s
     if HAS_CAP:
         t = tanh(s)
         s = t * cap
     if HAS_SLOPES:
-        s -= slope * tl.maximum(rows[:, None] - columns[None, :], 0).to(tl.float32)
+        s -= slope * tl.maximum(rows - columns, 0).to(tl.float32)
     return s, t
 
 
@@ -160,7 +164,7 @@ def forward_tiles(acc, peak, total, q, K, V, kt, vt, rows, lo, hi, begin, end, s
     for start in range(begin, end, BN):
         columns = start + tl.arange(0, BN)
         k = load_tile(K, kt, columns, S, D, BD, PARTIAL)
-        s, _ = score_tile(q, k, rows + shift, columns, scale, cap, slope, HAS_CAP, HAS_SLOPES)
+        s, _ = score_tile(q, k, (rows + shift)[:, None], columns[None, :], scale, cap, slope, HAS_CAP, HAS_SLOPES)
         if PARTIAL:
             s = tl.where((columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None]), s, -float("inf"))
         new = tl.maximum(peak, tl.max(s, 1))
@@ -217,14 +221,15 @@ def delta_kernel(O, DO, DELTA, ob, oh, ot, gb, gh, gt, H, T, D: tl.constexpr, BD
 
 
 @triton.jit
-def gradient_tile(q, k, v, do, lse, delta, rows, columns, lo, hi, scale, cap, slope, HAS_CAP: tl.constexpr,
-                  HAS_SLOPES: tl.constexpr, PARTIAL: tl.constexpr):
-    """p and d loss / d (q.k * scale) of one tile, made again from q, k and the row's log-sum-exp."""
-    s, t = score_tile(q, k, rows, columns, scale, cap, slope, HAS_CAP, HAS_SLOPES)
-    p = tl.exp2(s - lse[:, None])
+def gradient_tile(a, b, c, d, lse, delta, rows, columns, index, low, high, shift, scale, cap, slope,
+                  HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, PARTIAL: tl.constexpr):
+    """p and d loss / d (q.k * scale) of one tile, made again from q, k and the row's log-sum-exp; c, d = do, v. On its
+    side (see score_tile) where the next product needs the transpose: turning p around would cost its registers."""
+    s, t = score_tile(a, b, rows + shift, columns, scale, cap, slope, HAS_CAP, HAS_SLOPES)
+    p = tl.exp2(s - lse)
     if PARTIAL:
-        p = tl.where((columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None]), p, 0.0)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        p = tl.where((index >= low) & (index < high), p, 0.0)
+    ds = p * (tl.dot(c, tl.trans(d), input_precision="ieee") - delta)
     if HAS_CAP:
         ds *= 1 - t * t
     return p, ds
@@ -238,8 +243,9 @@ def dq_tiles(dq, q, do, lse, delta, K, V, kt, vt, rows, lo, hi, begin, end, shif
         columns = start + tl.arange(0, BN)
         k = load_tile(K, kt, columns, S, D, BD, PARTIAL)
         v = load_tile(V, vt, columns, S, D, BD, PARTIAL)
-        _, ds = gradient_tile(q, k, v, do, lse, delta, rows + shift, columns, lo, hi, scale, cap, slope, HAS_CAP,
-                              HAS_SLOPES, PARTIAL)
+        _, ds = gradient_tile(q, k, do, v, lse[:, None], delta[:, None], rows[:, None], columns[None, :],
+                              columns[None, :], lo[:, None], hi[:, None], shift, scale, cap, slope, HAS_CAP, HAS_SLOPES,
+                              PARTIAL)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -274,52 +280,36 @@ def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, LO, HI, SLOPES, qb, qh, qt, kb, kh, k
 
 
 @triton.jit
-def dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, LO, HI, qt, gt, columns, begin, end, shift, T, scale, cap, slope,
-              D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
-              PARTIAL: tl.constexpr):
-    for start in range(begin, end, BM):
-        rows = start + tl.arange(0, BM)
-        inside = rows < T
-        lo = tl.load(LO + rows, mask=inside, other=0) if PARTIAL else rows
-        hi = tl.load(HI + rows, mask=inside, other=0) if PARTIAL else rows
-        q = load_tile(Q, qt, rows, T, D, BD, PARTIAL)
-        do = load_tile(DO, gt, rows, T, D, BD, PARTIAL)
-        lse = tl.load(LSE + rows, mask=inside, other=float("inf"))
-        delta = tl.load(DELTA + rows, mask=inside, other=0.0)
-        p, ds = gradient_tile(q, k, v, do, lse, delta, rows + shift, columns, lo, hi, scale, cap, slope, HAS_CAP,
-                              HAS_SLOPES, PARTIAL)
-        dv = tl.dot(tl.trans(p).to(do.dtype), do, dv, input_precision="ieee")
-        dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
-def dkv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, LO, HI, FIRST, LAST, SLOPES, qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh,
-               gt, xb, xh, xt, span, span_k, H, G, T, S, scale, cap, factor, D: tl.constexpr, BD: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr):
+def dkv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, FIRST, LAST, SLOPES, qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt,
+               xb, xh, xt, span, H, G, T, S, scale, cap, factor, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr):
     n0 = tl.program_id(0) * BN                                               # the first keys are seen most: they start
     kv_heads = H // G
     b, head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     scale, cap = tl.cast(scale, tl.float32), tl.cast(cap, tl.float32)
     columns = n0 + tl.arange(0, BN)
     final = tl.minimum(n0 + BN, S) - 1
-    LO, HI, FIRST, LAST = LO + b * span, HI + b * span, FIRST + b * span_k, LAST + b * span_k
-    begin, inner, outer, end = ranges(tl.load(FIRST + n0), tl.load(FIRST + final), tl.load(LAST + n0),
-                                      tl.load(LAST + final), BM)
+    FIRST, LAST = FIRST + b * span, LAST + b * span
+    first, last = tl.load(FIRST + tl.minimum(columns, final)), tl.load(LAST + tl.minimum(columns, final))
+    begin = tl.load(FIRST + n0) // BM * BM
+    count = tl.maximum(tl.load(LAST + final) - begin + BM - 1, 0) // BM
     k = load_tile(K + b * kb + head * kh, kt, columns, S, D, BD, True)
     v = load_tile(V + b * vb + head * vh, vt, columns, S, D, BD, True)
     dk, dv = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
-    for g in range(G):
-        h = head * G + g
-        q, do = Q + b * qb + h * qh, DO + b * gb + h * gh
-        lse, delta = LSE + (b * H + h) * T, DELTA + (b * H + h) * T
+    for i in range(G * count):                                               # the G heads that share these keys, flat
+        h = head * G + i // count
+        rows = begin + i % count * BM + tl.arange(0, BM)
+        q = load_tile(Q + b * qb + h * qh, qt, rows, T, D, BD, True)
+        do = load_tile(DO + b * gb + h * gh, gt, rows, T, D, BD, True)
+        row = (b * H + h) * T + tl.minimum(rows, T - 1)
         slope = tl.load(SLOPES + h) * 1.4426950408889634 if HAS_SLOPES else 0.0
-        dk, dv = dkv_tiles(dk, dv, k, v, q, do, lse, delta, LO, HI, qt, gt, columns, begin, inner, S - T, T, scale,
-                           cap, slope, D, BD, BM, HAS_CAP, HAS_SLOPES, True)
-        dk, dv = dkv_tiles(dk, dv, k, v, q, do, lse, delta, LO, HI, qt, gt, columns, inner, outer, S - T, T, scale,
-                           cap, slope, D, BD, BM, HAS_CAP, HAS_SLOPES, False)
-        dk, dv = dkv_tiles(dk, dv, k, v, q, do, lse, delta, LO, HI, qt, gt, columns, outer, end, S - T, T, scale,
-                           cap, slope, D, BD, BM, HAS_CAP, HAS_SLOPES, True)
+        # The mask by the bounds of the keys, two numbers a thread; kept on full tiles too: three loops as in the other
+        # kernels, one per kind of tile, would not fit into the registers.
+        p, ds = gradient_tile(k, q, v, do, tl.load(LSE + row)[None, :], tl.load(DELTA + row)[None, :], rows[None, :],
+                              columns[:, None], rows[None, :], first[:, None], last[:, None], S - T, scale, cap, slope,
+                              HAS_CAP, HAS_SLOPES, True)                     # (BN, BM)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     store_tile(DK + b * xb + head * xh, xt, columns, S, dk * factor, D, BD)
     store_tile(DV + b * xb + head * xh, xt, columns, S, dv, D, BD)
 
@@ -378,8 +368,8 @@ class Attention(torch.autograd.Function):
         dq, dk, dv = by_token(B, H, T, D, q), by_token(B, K, S, D, k), by_token(B, K, S, D, v)
         numbers = (H, H // K, T, S, float(inside), float(cap), float(scale))
         dkv_kernel[(-(-S // plan["BN"]), B * K)](
-            q, k, v, do, lse, delta, dk, dv, lo, hi, first, last, slopes, *strides, *dk.stride()[:3], span,
-            S if span else 0, *numbers, **flags, **plan)
+            q, k, v, do, lse, delta, dk, dv, first, last, slopes, *strides, *dk.stride()[:3], S if span else 0,
+            *numbers, **flags, **plan)
         plan = launch(FORWARD, q)
         dq_kernel[(-(-T // plan["BM"]), B * H)](
             q, k, v, do, lse, delta, dq, lo, hi, slopes, *strides, *dq.stride()[:3], span, *numbers, **flags, **plan)

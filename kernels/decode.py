@@ -123,7 +123,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, slopes: Tens
     part_kernel[(B * K, n)](
         q, k, v, lo, hi, lo if slopes is None else slopes, acc, peak, total, q.stride(0), q.stride(1), *k.stride()[:3],
         *v.stride()[:3], K, H // K, float(inside), float(cap), PARTS=n, D=D, BD=BD, BG=power_of_two(max(16, H // K)),
-        BN=BLOCK, HAS_CAP=softcap > 0, HAS_SLOPES=slopes is not None, num_warps=4, num_stages=3 if BD <= 128 else 2)
+        BN=BLOCK if q.element_size() == 2 else max(16, BLOCK // 4), HAS_CAP=softcap > 0, HAS_SLOPES=slopes is not None,
+        num_warps=4, num_stages=3 if BD == 128 else 2)
     join_kernel[(B * H,)](acc, peak, total, out, PARTS=n, D=D, BD=BD, num_warps=4)
     return out
 

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import power_of_two, processors, tl, triton, use_triton
 
-WIDEST = 16384      # numbers of a row that still fit into the registers of one program
+WIDEST = 8192       # numbers of a row that fit into the registers of one program, next to their weights' gradients
 
 
 # ---------------------------------------------------------------- the definition

@@ -1,6 +1,6 @@
 """Attention in tiles, forward and backward, for the masks that libraries lack; the scores are never stored.
 
-    o_t = sum_s p_ts v_s      p_t = softmax over the keys s that t sees of    cap * tanh(q_t.k_s * scale / cap) - slope * (t - s)
+    o_t = sum_s p_ts v_s    p_t = softmax over the keys s that t sees of  cap tanh(q_t.k_s scale / cap) - slope (t - s)
 
 Every mask of a language model is one interval of keys per query, lo_t <= s < hi_t, and neither bound ever falls:
 
@@ -11,7 +11,7 @@ Every mask of a language model is one interval of keys per query, lo_t <= s < hi
 and any combination is the intersection. `spans` writes the two bounds down once per batch. The tiles that a block of
 queries needs follow from the bounds of its first and last row alone, and so do the tiles without any mask in them:
 
-      keys ->     lo_first      lo_last            hi_first      hi_last        (drawn: prefix 3, window none, blocks of 2)
+      keys ->     lo_first      lo_last            hi_first      hi_last         (drawn: prefix 3, blocks of 2)
     block of   |     | partial  |       full          |  partial    |                    x x x .|. . .
     queries    |  .  |  / / /   |   no mask at all    |  / / /      |   .                x x x .|. . .
                +-----+----------+---------------------+-------------+---                 x x x x|. . .     one program
@@ -20,8 +20,8 @@ queries needs follow from the bounds of its first and last row alone, and so do 
     dK, dV: a program owns a block of keys of one key head and walks over the queries of all heads that share it, in the
     interval `first`, `last` of queries that see a key: no atomics, the same bits every time.
 
-FLOPs: 4 B H D per pair (t, s) that is seen, forward; 10 more backward (2.5 times). Bytes: q, k, v, o once, and k, v once
-more per block of queries, mostly from the cache. Kept for the backward: o and one log-sum-exp per row.
+FLOPs: 4 B H D per pair (t, s) that is seen, forward; 10 more backward (2.5 times). Bytes: q, k, v, o once, and k, v
+once more per block of queries, mostly from the cache. Kept for the backward: o and one log-sum-exp per row.
 The exponential has base 2 and log2(e) is folded into the scale: that is the one the hardware has.
 """
 from __future__ import annotations
@@ -41,9 +41,10 @@ from kernels.backend import LOG2E, architecture, choice, power_of_two, tanh, til
 FORWARD = {80: {64: (64, 64, 2, 4), 128: (64, 64, 2, 4), 256: (64, 32, 2, 4)},
            86: {64: (64, 64, 2, 4), 128: (64, 32, 2, 4), 256: (32, 32, 1, 4)},
            90: {64: (128, 64, 2, 8), 128: (128, 64, 2, 8), 256: (128, 32, 2, 8)}}
-BACKWARD = {80: {64: (32, 64, 2, 4), 128: (32, 64, 2, 8), 256: (16, 32, 2, 4)},       # dK, dV
-            86: {64: (32, 64, 2, 4), 128: (32, 32, 2, 4), 256: (16, 32, 1, 4)},
-            90: {64: (64, 128, 2, 8), 128: (32, 128, 2, 8), 256: (16, 32, 2, 4)}}
+DQ = {arch: dict(sizes) for arch, sizes in FORWARD.items()}
+DKV = {80: {64: (32, 64, 2, 4), 128: (32, 64, 2, 8), 256: (16, 32, 2, 4)},            # dK, dV
+        86: {64: (32, 64, 2, 4), 128: (32, 32, 2, 4), 256: (16, 32, 1, 4)},
+        90: {64: (64, 128, 2, 8), 128: (32, 128, 2, 8), 256: (16, 32, 2, 4)}}
 SHORT = 256         # on a CPU the definition is the faster one up to here (docs/LOG.md)
 
 
@@ -179,7 +180,7 @@ def forward_tiles(acc, peak, total, q, K, V, kt, vt, rows, lo, hi, begin, end, s
 
 
 @triton.jit
-def forward_kernel(Q, K, V, O, LSE, LO, HI, SLOPES, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, span, H, G, T, S,
+def forward_kernel(Q, K, V, OUT, LSE, LO, HI, SLOPES, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, span, H, G, T, S,
                    scale, cap, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr):
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM                    # long rows first: they end together
@@ -204,18 +205,18 @@ def forward_kernel(Q, K, V, O, LSE, LO, HI, SLOPES, qb, qh, qt, kb, kh, kt, vb, 
                                      cap, slope, D, BD, BN, HAS_CAP, HAS_SLOPES, True)
     seen = total > 0
     out = acc / tl.where(seen, total, 1.0)[:, None]
-    store_tile(O + b64 * ob + h64 * oh, ot, rows, T, out, D, BD)
+    store_tile(OUT + b64 * ob + h64 * oh, ot, rows, T, out, D, BD)
     # +inf where nothing was seen: the backward's exp2(s - lse) is then 0 by itself
     lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
     tl.store(LSE + tl.program_id(1).to(tl.int64) * T + rows, lse, mask=rows < T)
 
 
 @triton.jit
-def delta_kernel(O, DO, DELTA, ob, oh, ot, gb, gh, gt, H, T, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
+def delta_kernel(OUT, DO, DELTA, ob, oh, ot, gb, gh, gt, H, T, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
     """delta_t = o_t . do_t, what the softmax's derivative subtracts: one number a row."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    o = load_tile(O + b * ob + h * oh, ot, rows, T, D, BD, True).to(tl.float32)
+    o = load_tile(OUT + b * ob + h * oh, ot, rows, T, D, BD, True).to(tl.float32)
     do = load_tile(DO + b * gb + h * gh, gt, rows, T, D, BD, True).to(tl.float32)
     tl.store(DELTA + tl.program_id(1).to(tl.int64) * T + rows, tl.sum(o * do, 1), mask=rows < T)
 
@@ -361,7 +362,7 @@ class Attention(torch.autograd.Function):
         do, = rows_are_dense(do)
         (B, H, T, D), K, S = q.shape, k.shape[1], k.shape[2]
         delta = torch.empty_like(lse)
-        plan = launch(BACKWARD, q)
+        plan = launch(DKV, q)
         delta_kernel[(-(-T // 64), B * H)](out, do, delta, *out.stride()[:3], *do.stride()[:3], H, T, D, plan["BD"], 64)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
         slopes = lse if slopes is None else slopes
@@ -370,7 +371,7 @@ class Attention(torch.autograd.Function):
         dkv_kernel[(-(-S // plan["BN"]), B * K)](
             q, k, v, do, lse, delta, dk, dv, first, last, slopes, *strides, *dk.stride()[:3], S if span else 0,
             *numbers, **flags, **plan)
-        plan = launch(FORWARD, q)
+        plan = launch(DQ, q)
         dq_kernel[(-(-T // plan["BM"]), B * H)](
             q, k, v, do, lse, delta, dq, lo, hi, slopes, *strides, *dq.stride()[:3], span, *numbers, **flags, **plan)
         return dq, dk, dv, None, None, None, None

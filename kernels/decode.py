@@ -1,6 +1,6 @@
 """One new token against the cache: attention that is all memory traffic, split over the keys to fill the card.
 
-    o = softmax(q k^T scale) v         q (B, H, D), one token a row;   k, v (B, K, S, D), of which row b sees lo_b <= s < hi_b
+    o = softmax(q k^T scale) v     q (B, H, D), one token a row; k, v (B, K, S, D), of which row b sees lo_b <= s < hi_b
 
     left-padded rows have lo > 0, ragged ones a hi of their own; a sliding window is lo = hi - window. Only what is seen
     is read, so that short rows cost little. B K programs are too few for a card (32 rows x 8 key heads on 132
@@ -15,8 +15,8 @@
     The G queries of a key head stand in the rows of one tile (16 at least: the matrix units take no less), and k, v are
     read once for all of them; a head by itself would read them G times.
 
-Bytes: 2 B K len D, once. FLOPs: 4 B H len D, nothing beside it. The lengths stay on the device, the number of parts comes
-from the size of the cache: a captured CUDA graph serves every step.
+Bytes: 2 B K len D, once. FLOPs: 4 B H len D, nothing beside it. The lengths stay on the device, the number of parts
+comes from the size of the cache: a captured CUDA graph serves every step.
 """
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def part_kernel(Q, K, V, LO, HI, SLOPES, ACC, MAX, SUM, qb, qh, kb, kh, kt, vb, 
 
 
 @triton.jit
-def join_kernel(ACC, MAX, SUM, O, PARTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def join_kernel(ACC, MAX, SUM, OUT, PARTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     row, parts, dims = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, BD)
     peak = tl.load(MAX + row * PARTS + parts)
     weight = tl.exp2(peak - tl.max(peak, 0))
     total = tl.sum(weight * tl.load(SUM + row * PARTS + parts), 0)
     acc = tl.load(ACC + (row * PARTS + parts[:, None]) * BD + dims[None, :])
     out = tl.sum(acc * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(O + row * D + dims, out.to(O.dtype.element_ty), mask=dims < D)
+    tl.store(OUT + row * D + dims, out.to(OUT.dtype.element_ty), mask=dims < D)
 
 
 def parts(q: Tensor, kv_heads: int, size: int) -> int:
@@ -109,7 +109,7 @@ def parts(q: Tensor, kv_heads: int, size: int) -> int:
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, slopes: Tensor | None = None, softcap: float = 0.0,
            scale: float | None = None) -> Tensor:
-    """q (B, H, D) of the newest token, cache k, v (B, K, S, D) of any strides, lo and hi (B,) int32: row b sees the keys
+    """q (B, H, D) of the newest token, cache k, v (B, K, S, D) of any strides, lo and hi (B,) int32: row b sees keys
     lo_b to hi_b - 1 -> (B, H, D). For sampling: no gradient."""
     if not use_triton(q):
         return ref_decode(q, k, v, lo, hi, slopes, softcap, scale)
@@ -121,7 +121,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, slopes: Tens
     peak, total = torch.empty(2, B, H, n, device=q.device, dtype=torch.float32)
     out = torch.empty(B, H, D, device=q.device, dtype=q.dtype)
     part_kernel[(B * K, n)](
-        q, k, v, lo, hi, lo if slopes is None else slopes, acc, peak, total, q.stride(0), q.stride(1), *k.stride()[:3],
+        q, k, v, lo, hi, lo if slopes is None else slopes, acc, peak, total, *q.stride()[:2], *k.stride()[:3],
         *v.stride()[:3], K, H // K, float(inside), float(cap), PARTS=n, D=D, BD=BD, BG=power_of_two(max(16, H // K)),
         BN=BLOCK if q.element_size() == 2 else max(16, BLOCK // 4), HAS_CAP=softcap > 0, HAS_SLOPES=slopes is not None,
         num_warps=4, num_stages=3 if BD == 128 else 2)

@@ -49,27 +49,27 @@ def activation(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(GATE, UP, H, gs, us, I, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(GATE, UP, H, gs, us, N, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(GATE + row * gs + columns, mask=columns < I, other=0.0).to(tl.float32)
-    up = tl.load(UP + row * us + columns, mask=columns < I, other=0.0).to(tl.float32)
+    gate = tl.load(GATE + row * gs + columns, mask=columns < N, other=0.0).to(tl.float32)
+    up = tl.load(UP + row * us + columns, mask=columns < N, other=0.0).to(tl.float32)
     f, _ = activation(gate, KIND)
-    tl.store(H + row * I + columns, (f * up).to(H.dtype.element_ty), mask=columns < I)
+    tl.store(H + row * N + columns, (f * up).to(H.dtype.element_ty), mask=columns < N)
 
 
 @triton.jit
-def backward_kernel(DH, GATE, UP, DGATE, DUP, H, ds, gs, us, I, KIND: tl.constexpr, WANT_H: tl.constexpr,
+def backward_kernel(DH, GATE, UP, DGATE, DUP, H, ds, gs, us, N, KIND: tl.constexpr, WANT_H: tl.constexpr,
                     BLOCK: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < I
+    inside = columns < N
     dh = tl.load(DH + row * ds + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(GATE + row * gs + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + row * us + columns, mask=inside, other=0.0).to(tl.float32)
     f, slope = activation(gate, KIND)
-    tl.store(DGATE + row * I + columns, (dh * up * slope).to(DGATE.dtype.element_ty), mask=inside)
-    tl.store(DUP + row * I + columns, (dh * f).to(DUP.dtype.element_ty), mask=inside)
+    tl.store(DGATE + row * N + columns, (dh * up * slope).to(DGATE.dtype.element_ty), mask=inside)
+    tl.store(DUP + row * N + columns, (dh * f).to(DUP.dtype.element_ty), mask=inside)
     if WANT_H:
-        tl.store(H + row * I + columns, (f * up).to(H.dtype.element_ty), mask=inside)
+        tl.store(H + row * N + columns, (f * up).to(H.dtype.element_ty), mask=inside)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
@@ -91,10 +91,10 @@ def run_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     h = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
     if not h.numel():
         return h
-    size, I = grid(gate, up)  # noqa: E741
-    dense = I != gate.shape[-1]
-    (g, gs), (u, us) = ((x, I) if dense else rows(x) for x in (gate, up))
-    forward_kernel[size](g, u, h, gs, us, I, KIND=KINDS[kind], BLOCK=BLOCK, num_warps=8)
+    size, N = grid(gate, up)
+    dense = N != gate.shape[-1]
+    (g, gs), (u, us) = ((x, N) if dense else rows(x) for x in (gate, up))
+    forward_kernel[size](g, u, h, gs, us, N, KIND=KINDS[kind], BLOCK=BLOCK, num_warps=8)
     return h
 
 
@@ -103,10 +103,10 @@ def run_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str, again: bool) -
     h = torch.empty_like(dgate) if again else None
     if not dgate.numel():
         return dgate, dup, h
-    size, I = grid(gate, up, dh)  # noqa: E741
-    dense = I != gate.shape[-1]
-    (d, ds), (g, gs), (u, us) = ((x, I) if dense else rows(x) for x in (dh, gate, up))
-    backward_kernel[size](d, g, u, dgate, dup, h if again else dgate, ds, gs, us, I, KIND=KINDS[kind], WANT_H=again,
+    size, N = grid(gate, up, dh)
+    dense = N != gate.shape[-1]
+    (d, ds), (g, gs), (u, us) = ((x, N) if dense else rows(x) for x in (dh, gate, up))
+    backward_kernel[size](d, g, u, dgate, dup, h if again else dgate, ds, gs, us, N, KIND=KINDS[kind], WANT_H=again,
                           BLOCK=BLOCK, num_warps=8)
     return dgate, dup, h
 

@@ -19,7 +19,7 @@ chunk of rows is therefore finished in one go, while its logits are still there,
     one program of the kernel:   row  [ block | block | block | ... ]   pass 1: max, sum, entropy;   pass 2: gradient
 
 FLOPs: 2 NHV to look, 4 NHV to train below a frozen head (LoRA), 6 NHV with dW; a method that computes the logits again
-in its backward pass needs 2 NHV more. Bytes beyond the products': the row kernel reads a logit twice and writes it once.
+in its backward pass needs 2 NHV more. Bytes beside the products': the row kernel reads a logit twice, writes it once.
 Memory: one chunk (BUDGET), dh, and dW in fp32. Rounding the dW of each chunk to bf16 would be cheaper and wrong: small
 gradients are then lost in the sum.
 
@@ -127,7 +127,7 @@ def row_kernel(LOGITS, TARGETS, COEF, OLD, ADV, LOGP, ENTROPY, stride, V, clip, 
     tl.store(LOGP + row, logp)
     tl.store(ENTROPY + row, lse - tl.sum(moment * shrink, 0) / mass)
     if GRAD:
-        tl.debug_barrier()                                                   # all have read the target: it may be written
+        tl.debug_barrier()                                                   # all have read the target: write over it
         c = tl.where(target >= 0, tl.load(COEF + row), 0.0)
         if HAS_PPO:
             adv = tl.load(ADV + row)
@@ -269,7 +269,7 @@ def largest(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """x * factor in fp32, rounded once, in one pass. A factor without dimensions would first be rounded to x's dtype."""
+    """x * factor in fp32, rounded once, in one pass. A factor without dimensions would itself be rounded."""
     if x is None:
         return None
     factor = factor if factor.dim() else factor.view(1)
@@ -313,7 +313,7 @@ def weights(h: Tensor, row_weight: Tensor | None) -> Tensor:
     kind = torch.float64 if h.dtype == torch.float64 else torch.float32
     if row_weight is None:
         return torch.ones(len(h), device=h.device, dtype=kind)
-    return row_weight.detach().to(kind).expand(len(h)).contiguous()
+    return row_weight.detach().to(h.device, kind).expand(len(h)).contiguous()
 
 
 def flops(n: int, width: int, vocabulary: int, frozen: bool = False, grad: bool = True) -> int:

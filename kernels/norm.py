@@ -5,7 +5,7 @@
 
     backward, with n = the normalised s and g = dy * w:
             ds = (g - n * mean(g n)) / rms                               ds = (g - mean(g) - n * mean(g n)) / std
-            dw = sum over rows of dy * n          db = sum over rows of dy        dx = dr = ds + what arrives at s itself
+            dw = sum over rows of dy * n        db = sum over rows of dy        dx = dr = ds + what arrives at s itself
 
         +-------------------------- C --------------------------+
         | program 0: ROWS rows at once, all of each in registers |       Forward: a program per ROWS rows. Backward: a

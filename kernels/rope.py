@@ -1,6 +1,6 @@
 """Rotary positions: queries and keys in one launch, whatever their strides, without a copy.
 
-    pair i of a head is (x[i], x[i + R/2]), i < R/2, and turns by the token's angle a_i; numbers from R on stay as they are
+    pair i of a head is (x[i], x[i + R/2]), i < R/2, and turns by the token's angle a_i; numbers from R on stay as is
 
         y[i]       = x[i] cos a_i - x[i + R/2] sin a_i            backward: the same turn by -a: dx is dy turned back,
         y[i + R/2] = x[i + R/2] cos a_i + x[i] sin a_i            so nothing is kept but the two small tables

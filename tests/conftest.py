@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")             # kernels read it when they are imported; runs them on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")             # kernels read it when imported: they run on a CPU then
 
 from hypothesis import settings  # noqa: E402
 from torch import Tensor, nn  # noqa: E402

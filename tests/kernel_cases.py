@@ -6,6 +6,7 @@ inputs. The interpreter sees no read outside a tensor and no output left unwritt
 buffers full of NaN, and torch fills every empty tensor with NaN.
 """
 import contextlib
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install -r requirements-test.txt")
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # a GPU's library is deterministic only with this
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

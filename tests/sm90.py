@@ -2,8 +2,8 @@
 
     python tests/sm90.py        one JSON object a line: case, kernel, shared bytes, registers, stack bytes, wgmma
 
-The functions run on small CPU tensors, but each launch is written down instead: which kernel, with which types, constants,
-tile sizes, and which numbers are 1 or multiples of 16, for which triton makes a version of its own. Those are compiled.
+The functions run on small CPU tensors, but each launch is written down instead: which kernel, with which types,
+constants, tile sizes, and which numbers are 1 or multiples of 16 (triton makes versions of its own for those).
 It is a program by itself because triton's interpreter, which all other tests use, is switched on for a whole process.
 """
 import json
@@ -110,7 +110,7 @@ def run_norm(C: int, layer: bool, dtype: torch.dtype) -> None:
 
 
 def run_rope(D: int, R: int, dtype: torch.dtype) -> None:
-    q, k, table = random(2, 32, 64, D, dtype=dtype), random(2, 8, 64, D, dtype=dtype), torch.zeros(1, 1, 64, R, dtype=dtype)
+    q, k, table = random(2, 32, 64, D, dtype=dtype), random(2, 8, 64, D, dtype=dtype), torch.ones(1, 1, 64, R).to(dtype)
     rope.rope(q, k, table, table)
     rope.rope_(q.detach(), k.detach(), table, table)
 

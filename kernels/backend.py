@@ -89,11 +89,6 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def programs(x: Tensor) -> int:
-    """How many programs fill the device of x once."""
-    return 4 * processors(x.device.index) if x.is_cuda else 4
-
-
 @triton.jit
 def tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1   # libdevice has one, but not in the interpreter

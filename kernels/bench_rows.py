@@ -5,6 +5,7 @@ gradients. Imports of peers stand inside the providers: one that is missing is a
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -285,13 +286,10 @@ def ours_attention(data: dict) -> Callable:
 def sdpa(backend: str) -> Callable:
     def make(data: dict) -> Callable:
         from torch.nn.attention import SDPBackend, sdpa_kernel
-        chosen = [getattr(SDPBackend, backend)] if backend else list(SDPBackend.__members__.values())[1:]
-
         def function(q, k, v):
-            with sdpa_kernel(chosen):
+            with sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext():
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return function if backend else lambda q, k, v: F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return function
     return make
 
 

@@ -268,7 +268,7 @@ def main() -> None:
           flush=True)
     torch.cuda.empty_cache()
     if args.tune:
-        found = bench_rows.tune_attention(deadline, median_gpu_ms)
+        found = bench_rows.tune_attention(deadline, median_gpu_ms, distance)
         if args.json:
             Path(args.json).write_text(json.dumps({**meta, "tune": found}, indent=1), encoding="utf-8")
         return

@@ -40,7 +40,7 @@ from kernels.backend import power_of_two, tanh, tl, triton, use_triton
 
 # Bytes of logits in a chunk. GPU: large, because every chunk reads and writes all of dW once more. CPU: what stays in
 # the last-level cache between the product, the row pass and the two products of the backward.
-BUDGET = {"cuda": 512 << 20, "cpu": 12 << 20}
+BUDGET = {"cuda": 1 << 30, "cpu": 12 << 20}
 
 
 class PPO(NamedTuple):

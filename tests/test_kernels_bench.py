@@ -1,4 +1,4 @@
-"""The benchmark's rows at a small size on a CPU: whatever is timed computes the same function, and floors are counted right.
+"""The benchmark's rows at a small size on a CPU: whatever is timed computes the same, and floors are counted right.
 Peers that need a GPU or a compiler are left to the benchmark itself, which compares before it times."""
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""On a GPU only: the real tile sizes, which no interpreter can run, at sizes of several tiles, twice, in half precision.
+"""On a GPU only: the real tile sizes, which no interpreter can run, on several tiles, twice, in half precision.
 The other tests of kernels run there too, in fp32, fp16 and bf16:   pytest tests/test_kernels_*.py -n 8"""
 import pytest
 import torch
@@ -72,8 +72,8 @@ def test_head_in_chunks_of_its_real_size(V, monkeypatch):
     h, w = random(1100, 256, dtype=torch.bfloat16), random(V, 256, dtype=torch.bfloat16, seed=1, scale=0.05)
     targets = torch.randint(0, V, (1100,), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     compare(lambda *x: head.linear_cross_entropy(*x, targets, torch.tensor(1 / 1100)),
-            lambda h, w: F.cross_entropy(F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32)), targets), (h, w),
-            torch.ones((), device="cuda"), ("loss", "dh", "dw"))
+            lambda h, w: F.cross_entropy(F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32)), targets),
+            (h, w), torch.ones((), device="cuda"), ("loss", "dh", "dw"))
 
 
 @HALF
@@ -96,7 +96,8 @@ def test_glu(dtype):
 
 def test_a_decoding_step_in_a_cuda_graph():
     """The lengths live on the device: a captured step serves every length."""
-    q, k, v = random(4, 8, 64, dtype=torch.bfloat16), *(random(4, 2, 500, 64, dtype=torch.bfloat16, seed=i) for i in (1, 2))
+    q = random(4, 8, 64, dtype=torch.bfloat16)
+    k, v = (random(4, 2, 500, 64, dtype=torch.bfloat16, seed=i) for i in (1, 2))
     lo, hi = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.full((4,), 100, dtype=torch.int32, device="cuda")
     D.decode(q, k, v, lo, hi)
     torch.use_deterministic_algorithms(False)                          # filling memory with NaN is no part of the step

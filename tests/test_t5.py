@@ -385,7 +385,8 @@ def test_sft_learns_and_its_model_is_transformers_too(tmp_path, kind, r):
                         **(gated if kind == "v1.1" else {})))
     checkpoints.save(model, tokenizer, tmp_path / "base")
     talk = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"},
-             {"role": "user", "content": c * 20}, {"role": "assistant", "content": "yes" if c < "e" or r else "no"}] for c in "abcdefgh" * 20]
+             {"role": "user", "content": c * 20}, {"role": "assistant", "content": "yes" if c < "e" or r else "no"}]
+            for c in "abcdefgh" * 20]
     write_rows(tmp_path / "d.jsonl", [{"messages": messages} for messages in talk])
     out = run("sft.py", "--init", tmp_path / "base", "--data", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out",
               "--steps", 150, "--lora_r", r, "--lr", "1e-2" if r else "4e-3", "--batch_size", 16, "--max_len", 160,

@@ -398,7 +398,7 @@ def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout
             logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, cfg.temperature, entropy=True)
             ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, cfg.temperature)
             values, scores = response_values(roles, ids, mask, response), roles.judge(ids, mask, response)
-        r.scores[rows] = scores
+        r.scores[rows] = scores.to(like.dtype)
         for to, x in ((r.logp, logp), (r.entropy, entropy), (r.ref_logp, ref_logp), (r.values, values)):
             to[rows, :x.shape[1]] = x
     return r

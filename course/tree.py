@@ -124,7 +124,7 @@ def teach(judge: RewardModel, seed: int, steps: int = 80) -> RewardModel:
     return judge
 
 
-def build(cfg: ppo.Config, learned: bool = False) -> ppo.Roles:
+def build(cfg: ppo.Config, learned: bool = False, lessons: int = 80) -> ppo.Roles:
     """The four roles as ppo.py builds them from files: whole models with lora_r 0, else adapters on one base. The judge
     is a learned reward model, or the true reward."""
     base = network(cfg.seed)
@@ -135,7 +135,7 @@ def build(cfg: ppo.Config, learned: bool = False) -> ppo.Roles:
         body = network(cfg.seed)
         if cfg.lora_r:
             lora.apply(body, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, "reward")
-        judge = teach(RewardModel(body, "reward" if cfg.lora_r else None), cfg.seed, 80 if learned else 2)
+        judge = teach(RewardModel(body, "reward" if cfg.lora_r else None), cfg.seed, lessons if learned else 2)
         reward_stage.save(judge, None, Path(cfg.reward), base=cfg.init)
         roles = (ppo.one_base if cfg.lora_r else ppo.separate)(cfg, base, WORLD)
     if not learned:

@@ -40,7 +40,7 @@ from data import batch as data_batch
 from data import chat, formats
 from model import Transformer
 from reward import RewardModel
-from sft import autocast
+from sft import autocast, widen
 
 
 @dataclass
@@ -112,11 +112,6 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     """(..., V), (...) -> (...) log-probabilities in fp32: bf16 would lose a hundredth of a nat per token."""
     logits = (widen(logits) / temperature).flatten(0, -2)
     return -F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-
-
-def widen(x: Tensor) -> Tensor:
-    """At least fp32; fp64 stays fp64, for tests in which nothing may hide in rounding."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def kl(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:

@@ -115,12 +115,12 @@ def exact_gradient() -> Figures:
             exact, rows = tree.Exact(roles, cfg), tree.everything()
             ppo.score(roles, rows, cfg, tree.WORLD)
             _, _, advantages, returns = ppo.credit(rows, cfg, cfg.kl_coef)
-            log_p = exact.log_p("policy")
+            log_p = exact.policy()
             total = below("sum of all probabilities - 1", float((log_p.exp().sum(1) - 1).abs().max().detach()), 1e-9)
             J = 4 * exact.J(log_p) / rows.response.sum()
             wanted = torch.autograd.grad(-J, [p for _, p in roles.trainable("policy")])
 
-            pays = exact.reward[:, None] * torch.nn.functional.one_hot(rows.response.sum(1) - 1, tree.R)
+            pays = exact.reward.flatten()[:, None] * torch.nn.functional.one_hot(rows.response.sum(1) - 1, tree.R)
             step = per_token(roles, "policy", cfg.temperature) - per_token(roles, "reference", cfg.temperature)
             to_go = tails((pays - cfg.kl_coef * step.detach()) * rows.response)
             V = roles.value.values(rows.ids, rows.mask)[:, -tree.R - 1:-1]
@@ -357,7 +357,7 @@ def sampling() -> Figures:
     for k, (ids, keep) in enumerate(zip(r.ids[:, -r.R:].tolist(), r.response.bool())):
         counts[index[k % 4, tuple(x for x, m in zip(ids, keep) if m)]] += 1
     with torch.no_grad():
-        wanted = 1024 * tree.Exact(four, cfg).log_p("policy").exp().flatten()
+        wanted = 1024 * tree.Exact(four, cfg).policy().exp().flatten()
     often = wanted > 5
     counts, wanted = (torch.cat((x[often], x[~often].sum()[None])) for x in (counts, wanted))
     n = len(wanted) - 4

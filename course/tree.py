@@ -146,43 +146,41 @@ def build(cfg: ppo.Config, learned: bool = False, lessons: int = 80) -> ppo.Role
 # ---------------------------------------------------------------- the exact answer
 
 class Exact:
-    """J, p* and the regret by enumeration, of a policy and its reference as they are now. Only `hidden` and the head
-    are the code under test: log-probabilities, sums and rewards are written out here."""
+    """J, p* and the regret by enumeration, of the policy as it is now and the reference as it must be. Only `forward` is
+    shared with the code under test: log-probabilities, sums and rewards are written out here."""
     def __init__(self, roles: ppo.Roles, cfg: ppo.Config):
         self.roles, self.r, self.beta, self.T = roles, everything(), cfg.kl_coef, cfg.temperature
         with torch.no_grad():
-            if isinstance(roles.reward, RewardModel):
-                judged = roles.reward(self.r.ids, self.r.mask)
-            else:
-                judged = gold(self.r.ids, self.r.mask, self.r.response)
-            self.ref = self.log_p("reference")
-        self.reward = torch.where(self.r.ended, judged.to(self.ref.dtype), MISSING_END)
+            self.ref = self.log_p(network(cfg.seed).to(roles.policy.norm.weight.dtype))
+            true = gold(self.r.ids, self.r.mask, self.r.response)
+            learned = isinstance(roles.reward, RewardModel)
+            judged = roles.reward(self.r.ids, self.r.mask) if learned else true
+        self.gold, self.reward = (torch.where(self.r.ended, x.to(self.ref.dtype), MISSING_END).view(4, 121)
+                                  for x in (true, judged))
 
-    def log_p(self, role: str) -> Tensor:
+    def log_p(self, model: Transformer) -> Tensor:
         """(4, 121) log-probability of each answer."""
-        r = self.r
-        name = self.roles.adapter if role == "policy" else None
-        model = self.roles.policy if role == "policy" else self.roles.reference
-        with lora.use(model, name):
-            log_p = (model(r.ids, r.mask) / self.T).log_softmax(-1)
-        log_p = log_p[:, -R - 1:-1].gather(2, r.ids[:, -R:, None]).squeeze(2)
-        return (log_p * r.response).sum(1).view(4, 121)
+        log_p = (model(self.r.ids, self.r.mask) / self.T).log_softmax(-1)
+        log_p = log_p[:, -R - 1:-1].gather(2, self.r.ids[:, -R:, None]).squeeze(2)
+        return (log_p * self.r.response).sum(1).view(4, 121)
+
+    def policy(self) -> Tensor:
+        with lora.use(self.roles.policy, self.roles.adapter):
+            return self.log_p(self.roles.policy)
 
     def J(self, log_p: Tensor) -> Tensor:
-        return (log_p.exp() * (self.reward.view(4, 121) - self.beta * (log_p - self.ref))).sum(1).mean()
+        return (log_p.exp() * (self.reward - self.beta * (log_p - self.ref))).sum(1).mean()
 
     def optimum(self) -> Tensor:
-        return self.beta * torch.logsumexp(self.ref + self.reward.view(4, 121) / self.beta, 1).mean()
+        return self.beta * torch.logsumexp(self.ref + self.reward / self.beta, 1).mean()
 
     @torch.no_grad()
-    def regret(self) -> float:
-        log_p, best = self.log_p("policy"), self.optimum()
-        return float((best - self.J(log_p)) / (best - self.J(self.ref)))
-
-    @torch.no_grad()
-    def kl(self) -> float:
-        log_p = self.log_p("policy")
-        return float((log_p.exp() * (log_p - self.ref)).sum(1).mean())
+    def figures(self) -> dict[str, float]:
+        log_p, best = self.policy(), self.optimum()
+        p = log_p.exp()
+        return {"exact/regret": float((best - self.J(log_p)) / (best - self.J(self.ref))),
+                "exact/kl": float((p * (log_p - self.ref)).sum(1).mean()),
+                "exact/gold": float((p * self.gold).sum(1).mean())}
 
 
 def train(roles: ppo.Roles, cfg: ppo.Config, every: int = 10, show: bool = False) -> list[dict[str, float]]:
@@ -192,7 +190,7 @@ def train(roles: ppo.Roles, cfg: ppo.Config, every: int = 10, show: bool = False
     for step in range(cfg.steps):
         _, figures = ppo.improve(roles, learner, batch, TOKENIZER, cfg, WORLD, step)
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            figures |= {"exact/regret": exact.regret(), "exact/kl": exact.kl()}
+            figures |= exact.figures()
             if show:
                 print(f"{step + 1:4}  reward {figures['objective/scores']:6.3f}  KL {figures['exact/kl']:6.3f}  regret "
                       f"{figures['exact/regret']:.4f}", flush=True)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import checkpoints
 from common import UserError
 
 LARGEST = 10**9                            # weights of which `packed` makes a copy
@@ -90,7 +91,9 @@ def layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, LoR
 
 def apply(model: nn.Module, r: int = 16, alpha: float = 32.0, targets: tuple[str, ...] = ALL_LINEAR,
           name: str = "default") -> None:
-    """Freezes the model and puts a new adapter on every linear whose last name is in targets."""
+    """Freezes the model and puts a new adapter on every linear whose last name is in targets. The default means all
+    linears but the head, whatever this family calls them."""
+    targets = all_linear(model) if tuple(targets) == ALL_LINEAR else targets
     paths = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.split(".")[-1] in targets]
     missing = set(targets) - {path.split(".")[-1] for path in paths}
     if missing:
@@ -98,6 +101,12 @@ def apply(model: nn.Module, r: int = 16, alpha: float = 32.0, targets: tuple[str
         raise UserError(f"LoRA target {sorted(missing)[0]!r} is no linear layer of this model; it has: "
                         f"{', '.join(names)}")
     attach(model, name, {path: (r, alpha / r) for path in paths})
+
+
+def all_linear(model: nn.Module) -> tuple[str, ...]:
+    """The last names of the model's linears, without the head: ALL_LINEAR in a LLaMA, key, value, ... in RWKV."""
+    names = (path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear))
+    return tuple(dict.fromkeys(name for name in names if name != "lm_head"))
 
 
 def attach(model: nn.Module, name: str, sizes: dict[str, tuple[int, float]]) -> None:
@@ -229,8 +238,9 @@ def strip(model: nn.Module) -> None:
 
 # ---------------------------------------------------------------- PEFT's files
 
-def peft_path(path: str) -> str:
-    return "base_model.model." + (path if path.startswith("lm_head") else "model." + path)
+def peft_path(model: nn.Module, path: str) -> str:
+    """The path in the public file of this family, as PEFT sees it."""
+    return "base_model.model." + checkpoints.public_name(model.config, path)
 
 
 def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head: Tensor | None = None) -> None:
@@ -238,8 +248,8 @@ def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head:
     Refuses what users of other tools found in their 443-byte files: no tensors, or an adapter that learned nothing."""
     tensors = {}
     for path, m in layers(model, name):
-        tensors[f"{peft_path(path)}.lora_A.weight"] = m.lora_A[name].detach().cpu().contiguous()
-        tensors[f"{peft_path(path)}.lora_B.weight"] = m.lora_B[name].detach().cpu().contiguous()
+        tensors[f"{peft_path(model, path)}.lora_A.weight"] = m.lora_A[name].detach().cpu().contiguous()
+        tensors[f"{peft_path(model, path)}.lora_B.weight"] = m.lora_B[name].detach().cpu().contiguous()
     if not tensors:
         raise UserError(f"adapter {name!r} has no tensors: nothing to save in {out_dir}")
     bad = [key for key, t in tensors.items() if not bool(torch.isfinite(t).all())]
@@ -248,8 +258,9 @@ def save(model: nn.Module, name: str, out_dir: str | Path, base: str = "", head:
     if all(not bool(t.any()) for key, t in tensors.items() if "lora_B" in key):
         raise UserError(f"adapter {name!r} is all zero in B: it was never trained, saving it would save nothing. "
                         "Check that the optimiser got lora.parameters(model, name) and that the learning rate is not 0")
-    ranks = {path: m.lora_A[name].shape[0] for path, m in layers(model, name)}
-    alphas = {path: m.scale[name] * ranks[path] for path, m in layers(model, name)}
+    public = {path: checkpoints.public_name(model.config, path) for path, _ in layers(model, name)}
+    ranks = {public[path]: m.lora_A[name].shape[0] for path, m in layers(model, name)}
+    alphas = {public[path]: m.scale[name] * ranks[public[path]] for path, m in layers(model, name)}
     r, alpha = max(ranks.values()), max(alphas.values())
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "base_model_name_or_path": base,
@@ -276,7 +287,7 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
     config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(file)
     head = tensors.pop("base_model.model.score.weight", None)
-    ours = {peft_path(path): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    ours = {peft_path(model, path): path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     halves: dict[str, dict[str, Tensor]] = {}
     state = model.state_dict()
     for key, tensor in tensors.items():
@@ -298,7 +309,8 @@ def load(model: nn.Module, adapter_dir: str | Path, name: str = "default") -> Te
         for half, needed in (("lora_A", (r, linear.in_features)), ("lora_B", (linear.out_features, r))):
             if pair[half].shape != needed:
                 raise UserError(f"{file}: {half} of {path} is {tuple(pair[half].shape)}, the model needs {needed}")
-        full = peft_path(path).removeprefix("base_model.model.")  # PEFT's keys are expressions for the end of this name
+        # PEFT's keys are expressions for the end of this name.
+        full = peft_path(model, path).removeprefix("base_model.model.")
         alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", full)), config["lora_alpha"])
         sizes[path] = (r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
     attach(model, name, sizes)

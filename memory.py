@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+import checkpoints
 import lora
-from common import human
-from model import SHORT, ModelConfig, Transformer
+import rwkv
+from common import UserError, human
+from model import SHORT, ModelConfig
 
 CARDS = (8, 16, 24, 40, 80)            # GiB, though everyone calls them GB
 RESERVE = 1.5e9                        # what a CUDA context and a fragmented allocator keep for themselves
@@ -114,9 +116,9 @@ def remember(fn: Callable) -> Callable:
     return call
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+def build(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        return checkpoints.build(config, dtype)
 
 
 @remember
@@ -124,7 +126,9 @@ def count(config: ModelConfig, linears: tuple[str, ...] = ()) -> int:
     """Parameters of the model, or only the weights of its linears with these names."""
     if not linears:
         return sum(p.numel() for p in build(config).parameters())
-    return sum(m.weight.numel() for path, m in build(config).named_modules() if path.split(".")[-1] in linears)
+    model = build(config)
+    linears = lora.all_linear(model) + linears if linears[:len(lora.ALL_LINEAR)] == lora.ALL_LINEAR else linears
+    return sum(m.weight.numel() for path, m in model.named_modules() if path.split(".")[-1] in linears)
 
 
 def role(name: str, parameters) -> Role:
@@ -177,38 +181,108 @@ def whole(config: ModelConfig, stage: str) -> list[Role]:
 
 # ---------------------------------------------------------------- what training and sampling add
 
+def norm_bytes(p: Plan, size: int) -> int:
+    """One norm, per token of `size` numbers. An RMSNorm keeps its input in fp32, for the square, and 1 / rms; where its
+    weight is trained the normalised input too. A LayerNorm keeps its input as it is, the mean and 1 / deviation."""
+    if p.config.norm == "layer":
+        return (4 if p.mixed else p.s) * size + 8
+    return 4 * size + 4 + (4 * size if p.r == 0 and p.config.norm_weight else 0)
+
+
 def layer_bytes(p: Plan) -> int:
     """What one layer keeps for backward, per token. A linear keeps its input only where its own weight is trained (the
     gradient through a frozen matrix needs the matrix alone), and linears with the same input share it."""
-    C, I, H, s = p.config.hidden_size, p.config.intermediate_size, p.config.num_heads, p.s  # noqa: E741
-    K, D, full = p.config.num_kv_heads, p.config.head_dim, p.r == 0
-    on = [name for name in lora.ALL_LINEAR if full or name in p.targets]
+    c, C, s = p.config, p.config.hidden_size, p.s
+    on = [n for n in lora.ALL_LINEAR if (p.r == 0 or n in p.targets) and (c.glu or n != "gate_proj")]
     qkv, gate_up = sum(name[0] in "qkv" for name in on), sum(name in ("gate_proj", "up_proj") for name in on)
     if not p.mixed:                                      # only under autocast every linear makes its own bf16 input
         qkv, gate_up = min(qkv, 1), min(gate_up, 1)
-    total = 2 * (4 * C + 4)                              # two norms: their input in fp32, for the square; 1 / rms
-    total += 2 * 4 * C if full else 0                    # and the normalised input, for the gradient of their weight
-    total += s * C * qkv                                 # input of q, k, v
-    if p.device == "cpu" and p.T <= SHORT:               # attention as on paper (model.attend): per token H x T
-        total += s * D * (H + 2 * K) + (4 if s == 4 else 6) * H * p.T    # probabilities in fp32 and in bf16; q, k, v
-    else:                                                # flash attention computes them again: q, k, v (K repeated
-        total += s * D * 3 * H + 4 * H                   # to H heads), log-sum-exp
-    total += s * D * H                                   # output of attention = input of o
-    total += s * C * gate_up                             # input of gate and up
-    total += s * I * 3                                   # gate, silu(gate), up
-    total += s * I if "down_proj" in on else 0           # their product = input of down
-    return total + s * p.r * len(on)                     # x A^T of every adapter
+        gate_up -= qkv * gate_up if c.parallel == 1 else 0                   # side by side: one input for all of them
+    norms = 4 if c.block == "sandwich" else 1 if c.parallel else 2           # NeoX's two norms read the same stream
+    total = norms * norm_bytes(p, C) + (8 if c.parallel == 2 else 0)
+    total += s * C * (qkv + gate_up)                     # input of q, k, v; of gate and up
+    return total + attention_bytes(p) + mlp_bytes(p, "down_proj" in on) + s * p.r * len(on)    # x A^T of every adapter
+
+
+def heads_of_mask(config: ModelConfig) -> int:
+    """ALiBi's penalties differ from head to head, other masks do not."""
+    return config.num_heads if config.positions == "alibi" else 1
+
+
+def attention_bytes(p: Plan) -> int:
+    """Attention as on paper (model.attend) keeps H x T probabilities per token, flash attention computes them again."""
+    c, s, H, K, D = p.config, p.s, p.config.num_heads, p.config.num_kv_heads, p.config.head_dim
+    total = s * D * H                                    # its output = input of o
+    if c.attention_softcap or (p.device == "cpu" and p.T <= SHORT):
+        copies = (4 if s == 4 else 6) + (s if c.attention_softcap else 0)    # in fp32 and in bf16; tanh of the scores
+        total += s * D * (H + 2 * K) + copies * H * p.T                      # q, k, v
+    else:                                                # K repeated to H heads; log-sum-exp
+        total += s * D * 3 * H + 4 * H + (2 * heads_of_mask(c) * p.T if p.mixed else 0)      # autocast: a bf16 mask
+    if c.qk_norm:                                        # "full": one norm over all heads, else one for each
+        total += norm_bytes(p, D * H) + norm_bytes(p, D * K) if c.qk_norm == "full" else (H + K) * norm_bytes(p, D)
+    return total + (s * D * 3 * H if c.clip_qkv else 0)  # what was inside the bounds
+
+
+def mlp_bytes(p: Plan, down: bool) -> int:
+    """With a gate: gate, act(gate), up, and their product = input of down. Without: up and act(up), where relu needs
+    its output only and x sigmoid(x) both of its factors."""
+    kept = 3 if p.config.glu else {"relu": 0, "relu_squared": 1, "quick_gelu": 2}.get(p.config.activation, 1)
+    shared = not p.config.glu and p.config.activation == "relu"
+    return p.s * p.config.intermediate_size * (kept + int(down or shared))
 
 
 def activations(p: Plan) -> int:
     """Of the whole model, for one micro-batch (B, T). Checkpointing keeps the input of each layer and computes
     one layer at a time again."""
-    C, L, tokens, s = p.config.hidden_size, p.config.num_layers, p.batch * p.T, 4 if p.mixed else p.s
-    shared = 2 * tokens * p.config.head_dim * s          # cos and sin
-    shared += p.batch * p.T**2 * s                       # the mask of padded or packed rows
-    shared += tokens * (C * (4 if p.r else 8) + 4)       # the final norm
+    c = p.config
+    if not isinstance(c, ModelConfig):
+        return watched(p)
+    L, tokens, s = c.num_layers, p.batch * p.T, 4 if p.mixed else p.s
+    turning = {"rope": c.rope_dim or c.head_dim, "rope_2d": c.head_dim}.get(c.positions, 0)
+    shared = 2 * tokens * turning * s * (2 if c.rope_theta_local else 1)       # cos and sin
+    # The mask of padded or packed rows, and one more for layers with a window.
+    shared += heads_of_mask(c) * (2 if c.window and c.window < p.T else 1) * p.batch * p.T**2 * s
+    shared += tokens * norm_bytes(p, c.hidden_size) * (int(c.final_norm) + int(c.embed_norm))
     layer = tokens * layer_bytes(p)
-    return shared + (L * tokens * C * s + layer if p.checkpointing else L * layer)
+    return shared + (L * tokens * c.hidden_size * s + layer if p.checkpointing else L * layer)
+
+
+def watched(p: Plan) -> int:
+    """For the families with another block: a forward pass on the meta device, and what autograd keeps of it. An
+    encoder-decoder is taken at its largest, prompt and answer both as long as a row; full training in bf16 as if it
+    were fp32."""
+    model = build(p.config, p.dtype if p.r else torch.float32)
+    if p.r:
+        lora.apply(model, p.r, 2.0 * p.r, p.targets, p.stage)
+    ids = torch.zeros(p.batch, p.T, dtype=torch.int64, device="meta")
+    more = {"decoder_ids": ids} if getattr(model, "encoder_decoder", False) else {}
+
+    def forward() -> None:
+        with lora.use(model, p.stage if p.r else None):
+            model.hidden(ids, **more)
+    total = kept(forward, model)
+    if p.checkpointing:                                  # the inputs of all layers, and one layer computed again
+        one_layer = total // p.config.num_layers
+        model.checkpointing = True
+        total = kept(forward, model) + one_layer
+    if isinstance(p.config, rwkv.RWKVConfig):            # the sums of one layer, computed again in backward
+        k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
+        past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)
+        total += kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None), model)
+    return total
+
+
+def kept(work: Callable[[], None], model: nn.Module) -> int:
+    """Bytes that autograd keeps of work(), each storage counted once, parameters left out."""
+    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage()._cdata not in own:
+            seen[t.untyped_storage()._cdata] = t         # held, so that no address is used twice
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        work()
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
 
 
 def training(p: Plan) -> Rows:
@@ -217,7 +291,7 @@ def training(p: Plan) -> Rows:
     scored, V = p.batch * (p.response if p.stage == "ppo" else p.T), p.config.vocab_size
     if p.stage != "reward":
         # In fp32: logits, their log-softmax and its gradient. PPO's scoring has p and p log p as well, for the entropy.
-        copies = 4 if p.stage == "ppo" else 3
+        copies = (4 if p.stage == "ppo" else 3) + bool(getattr(p.config, "final_softcap", None))    # tanh keeps its own
         rows.append(("logits", copies * 4 * scored * V, f"{copies} fp32 copies of {scored} x {V}"))
     if p.mixed:
         linear = count(p.config, (*lora.ALL_LINEAR, "lm_head"))
@@ -242,6 +316,9 @@ def sampling(p: Plan) -> Rows:
 
 def estimate(config: ModelConfig, stage: str, **settings) -> Table:
     """Memory of a stage ("sft", "reward", "ppo") on one device; the settings are the fields of Plan."""
+    if stage != "sft" and not isinstance(config, ModelConfig):
+        raise UserError(f"--dry_run of {stage} knows the decoders of model.py only, not "
+                        f"{type(config).__name__}")
     plan = Plan(config, stage, **settings)
     table, n = tabulate(plan), count(config)
     if stage == "ppo":

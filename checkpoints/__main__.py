@@ -6,6 +6,7 @@ python -m checkpoints convert BASE [--lora DIR ...] [--delta DIR --new-rows zero
 import argparse
 import dataclasses
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,66 +15,116 @@ import torch
 
 import checkpoints
 import common
-from checkpoints import families, formats
-from model import ModelConfig, Transformer
+from checkpoints import adapters, families, formats, hub
+from checkpoints.convert import convert
+from common import UserError
+from model import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(config: object) -> int:
     """Counted on models of one and of two layers: every further layer is like the second."""
     with torch.device("meta"):
-        one, two = (sum(p.numel() for p in Transformer(dataclasses.replace(config, num_layers=n)).parameters())
+        one, two = (sum(p.numel() for p in checkpoints.build(dataclasses.replace(config, num_layers=n)).parameters())
                     for n in (1, 2))
     return one + (config.num_layers - 1) * (two - one)
 
 
 def print_names() -> None:
-    for name, (repo, changes) in families.NAMES.items():
-        here = next((where for where, paths in checkpoints.places(name) if paths), "")
-        print(f"{name:24} {common.human(parameters(ModelConfig(**changes))):>6}  {repo:44} {here}")
+    """By family: name, parameters, repository on the hub, and where the weights are if they are on this machine."""
+    for title, group in hub.GROUPS.items():
+        print(f"\n# {title}")
+        for name, (repo, _) in group.items():
+            here = next((where for where, paths in checkpoints.places(name) if paths), "")
+            print(f"{name:26} {common.human(parameters(hub.config(name))):>6}  {repo:46} {here}".rstrip())
 
+
+# ---------------------------------------------------------------- show
 
 def show(name: str) -> None:
+    """Headers, configs and the tokenizer are read; of the weights only names, shapes and types."""
     path = checkpoints.resolve(name)
-    source, _ = checkpoints.open_any(path)
-    config = families.to_config(source.config, source.path)
-    n = parameters(config)
-    print(f"{path}\n  family      {source.config['model_type']}\n  parameters  {n:,} ({common.human(n)})")
-    print("  memory      " + ", ".join(f"{kind} {size * n / 1e9:.2f} GB" for kind, size in (("fp32", 4), ("bf16", 2))))
-    default = ModelConfig()
-    always = ("vocab_size", "hidden_size", "num_layers", "num_heads")
-    print("  config      " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()
-                                       if v != getattr(default, k) or k in always))
-    kinds = Counter(kind_of(source, entry) for entry in source.entries.values())
-    files = sorted({entry.file.name for entry in source.entries.values()})
-    numbers = sum(math.prod(source.shape(k)) for k in source.entries)
-    print(f"  file        {len(source.entries)} tensors in {len(files)} file(s) "
-          f"({files[0]}{' ...' if len(files) > 1 else ''}), {numbers:,} numbers: "
-          + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
+    line = lambda title, text: print(f"  {title:12}{text}")  # noqa: E731
+    print(path)
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        show_adapter(path, line)
+        if not (path / "config.json").exists():
+            return
+    source, tokenizer_at = checkpoints.open_any(path)
+    weights = {n: e for n, e in source.entries.items() if not adapters.NO_WEIGHTS.fullmatch(n)}
+    total = sum(math.prod(e.shape) for e in weights.values())
+    line("family", f"{source.config.get('model_type')} {' '.join(map(str, source.config.get('architectures') or []))}")
+    line("parameters", f"{total:,} ({common.human(total)})")
+    line("memory", ", ".join(f"{kind} {size * total / 1e9:.2f} GB" for kind, size in (("fp32", 4), ("bf16", 2))))
+    if packed := source.config.get("quantization_config"):
+        line("packed", f"{packed}: only GGUF's quantisations can be loaded")
+    show_config(source, line)
+    show_tokenizer(tokenizer_at, line)
+    show_tensors(source, line)
 
 
-def kind_of(source: formats.Source, entry: formats.Entry) -> str:
-    """Name and storage of one tensor, without reading it where the header says it."""
-    if entry.file.suffix == ".gguf":
-        return entry.file.suffix[1:]
-    if entry.file.suffix == ".safetensors":
-        from safetensors import safe_open
-        with safe_open(entry.file, framework="pt") as f:
-            name = next(k for k, e in source.entries.items() if e is entry)
-            return f.get_slice(name).get_dtype()
-    return str(entry.read().dtype).removeprefix("torch.")
+def show_config(source: formats.Source, line) -> None:
+    try:
+        config = families.to_config(dict(source.config), source.path)
+    except UserError as error:
+        return line("config", f"cannot be loaded: {error}")
+    default, always = ModelConfig(), ("vocab_size", "hidden_size", "num_layers", "num_heads")
+    values = {k: v for k, v in vars(config).items() if k in always or v != getattr(default, k, None)}
+    line("config", ", ".join(f"{k}={v}" for k, v in values.items() if not k.startswith("rope")))
+    if getattr(config, "positions", "") == "rope":
+        line("rope", f"theta {config.rope_theta:g}, " + (f"scaling {config.rope_scaling}" if config.rope_scaling else
+                                                         "no scaling") + f", trained on {config.max_positions} tokens")
 
 
-def convert(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        raise common.UserError(f"{out} is not empty: choose another directory")
-    model, tokenizer = checkpoints.load(args.base, dtype=DTYPES[args.dtype], lora=args.lora, delta=args.delta,
-                                        new_rows=args.new_rows)
-    checkpoints.save(model, tokenizer, out)
-    print(f"{out}: {common.human(parameters(model.config))} parameters in {args.dtype}"
-          + ("" if tokenizer else "; the base has no tokenizer, so this has none"))
+def show_tokenizer(where: Path, line) -> None:
+    from data.tokenizer import load_tokenizer  # not at the top: it reads GGUF through us
+    try:
+        tokenizer = load_tokenizer(where)
+    except UserError as error:
+        return line("tokenizer", f"cannot be read: {error}")
+    if tokenizer is None:
+        return line("tokenizer", "none")
+    line("tokenizer", f"{type(tokenizer.core).__name__}, {tokenizer.vocab_size} tokens, ends with {tokenizer.eos_ids}")
+    template = tokenizer.chat_template
+    line("chat", "no format: choose one with --template" if not template else template if "{" not in template else
+         f"a Jinja template of {len(template)} characters")
+
+
+def show_tensors(source: formats.Source, line) -> None:
+    """One line for each kind of tensor: layers that look alike are counted, not listed."""
+    files = Counter()
+    kinds, groups = Counter(), {}
+    for name, entry in source.entries.items():
+        files[entry.file] += 1
+        kinds[entry.kind] += 1
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        groups.setdefault((pattern, entry.shape, entry.kind), []).append(name)
+    first = min(files, key=lambda f: f.name)
+    numbers = sum(math.prod(e.shape) for e in source.entries.values())
+    size = sum(f.stat().st_size for f in files) / 1e9
+    line("file", f"{len(source.entries)} tensors in {len(files)} file(s) ({first.name}"
+         + (" ...)" if len(files) > 1 else ")") + f", {size:.2f} GB, {numbers:,} numbers: "
+         + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
+    for (pattern, shape, kind), names in groups.items():
+        print(f"    {f'{len(names)} x' if len(names) > 1 else '':>6} {pattern:60} {str(tuple(shape)):20} {kind}")
+
+
+def show_adapter(folder: Path, line) -> None:
+    config = formats.read_json(folder / "adapter_config.json")
+    file = next((f for n in ("safetensors", "bin") if (f := folder / f"adapter_model.{n}").exists()), None)
+    line("adapter", f"{config.get('peft_type')}, r={config.get('r')}, lora_alpha={config.get('lora_alpha')}"
+         + "".join(f", {key}" for key in ("use_rslora", "use_dora", "fan_in_fan_out") if config.get(key)))
+    for key in ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            line(key, config[key])
+    line("base", config.get("base_model_name_or_path"))
+    if file is None:
+        return line("file", "no adapter_model.safetensors or .bin: saved without its weights")
+    entries = formats.merge_files([file])
+    total = sum(math.prod(e.shape) for e in entries.values())
+    line("file", f"{len(entries)} tensors in {file.name}, {total:,} numbers: "
+         + ", ".join(f"{c} {k}" for k, c in Counter(e.kind for e in entries.values()).most_common()))
 
 
 def main(argv: list[str]) -> None:
@@ -86,17 +137,17 @@ def main(argv: list[str]) -> None:
     c.add_argument("base")
     c.add_argument("out")
     c.add_argument("--lora", action="append", default=[], help="PEFT directory to merge; several are merged in order")
-    c.add_argument("--delta", help="checkpoint whose weights are differences to BASE")
+    c.add_argument("--delta", help="checkpoint whose weights are differences to BASE; it is added before any adapter")
     c.add_argument("--new-rows", "--new_rows", dest="new_rows", choices=("zero", "mean"),
                    help="what the base's missing rows count as")
-    c.add_argument("--dtype", choices=DTYPES, default="bf16")
+    c.add_argument("--dtype", choices=DTYPES, help="default: what the file has; GGUF's blocks become bf16")
     args = parser.parse_args(argv)
     if args.what == "names":
         print_names()
     elif args.what == "show":
         show(args.path)
     else:
-        convert(args)
+        print(convert(args.base, Path(args.out), args.lora, args.delta, args.new_rows, DTYPES.get(args.dtype)))
 
 
 if __name__ == "__main__":

@@ -2,28 +2,39 @@
 
     directory with *.safetensors        Hugging Face, one file or shards with an index
     directory with pytorch_model*.bin   the same, older
-    consolidated.NN.pth + params.json   Meta's own LLaMA files, cut over several GPUs
-    *.gguf                              llama.cpp
+    consolidated.* + params.json        Meta's own LLaMA files, cut over several GPUs; Mistral's, as safetensors
+    *.gguf                              llama.cpp, one file or -00001-of-00003 (checkpoints/gguf_models.py)
     *.bin of llama2.c                   seven integers, then fp32
+    ckpt.pt of nanoGPT                  a GPT-2 without Conv1D
 
 Config and tensor names of a Source are always Hugging Face's, and RoPE is always in the half layout: whatever comes
 after this file (adapters, families, the model) does not know which format it was. Tensors are read one at a time, from
-memory maps, so that loading needs the model and one tensor.
+memory maps, so that loading needs the model and one tensor. Nothing that a file says is believed before it was held
+against the file's size, and no code of a file is run.
 """
-import functools
 import json
 import math
 import re
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints import families, gguf
+from checkpoints import readers
 from common import UserError
+
+# What a tensor is stored as, in the words of safetensors; GGUF adds its block formats (Q4_K ...).
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -31,6 +42,7 @@ class Entry:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     file: Path
+    kind: str = "F32"                                      # a key of DTYPES, or a block format
 
 
 @dataclass
@@ -58,32 +70,46 @@ def open_source(path: Path) -> Source:
     """A file or a directory that holds any one of the formats."""
     if path.is_file():
         return open_file(path)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
     if (path / "config.json").exists():
         return Source(path, read_json(path / "config.json"), hf_entries(path))
     if (path / "params.json").exists():
         return open_meta(path)
-    files = sorted(f for kind in ("gguf", "pth", "bin", "safetensors") for f in path.glob(f"*.{kind}")
+    files = sorted(f for kind in ("gguf", "pth", "pt", "bin", "safetensors") for f in path.glob(f"*.{kind}")
                    if not f.match("tok*.bin"))               # llama2.c's tokenizer
-    if len(files) == 1 and files[0].suffix in (".gguf", ".bin"):
-        return open_file(files[0])
-    if len(many := [f.name for f in files if f.suffix == ".gguf"]) > 1:
+    whole = [f for f in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", f.name)]
+    if len(whole) == 1 and whole[0].suffix in (".gguf", ".bin", ".pt", ".pth"):
+        return open_file(whole[0])
+    if len(many := [f.name for f in whole if f.suffix == ".gguf"]) > 1:
         raise UserError(f"{path} holds several GGUF files, name one: {', '.join(many)}")
     what = ", ".join(f.name for f in files[:4]) + " but no config.json" if files else list_names(path)
     raise UserError(f"{path} is no checkpoint: it has {what}. Expected config.json with *.safetensors or "
-                    "pytorch_model*.bin, params.json with consolidated.*.pth, or one .gguf file")
+                    "pytorch_model*.bin, params.json with consolidated.*, or one .gguf file")
 
 
 def open_file(path: Path) -> Source:
     if path.suffix == ".gguf":
-        return open_gguf(path)
-    if path.name.startswith("consolidated") and path.suffix == ".pth":
+        from checkpoints import gguf_models  # not at the top: it builds what stands here
+        return gguf_models.open_gguf(path)
+    if path.name.startswith("consolidated"):
         return open_meta(path.parent)
     if path.suffix in (".safetensors", ".json", ".index") or path.name.startswith("pytorch_model"):
         return open_source(path.parent)
     if path.suffix == ".bin":
         return open_llama2c(path)
-    raise UserError(f"{path}: a file of this kind is not known; expected .gguf, consolidated.*.pth, llama2.c's .bin, "
-                    "or a directory")
+    if path.suffix in (".pt", ".pth"):
+        return open_nanogpt(path)
+    raise UserError(f"{path}: a file of this kind is not known; expected .gguf, consolidated.*.pth, nanoGPT's ckpt.pt, "
+                    "llama2.c's .bin, or a directory")
+
+
+def check_plain(source: Source) -> None:
+    """Weights that GPTQ, AWQ, bitsandbytes or fp8 packed are no matrices: their names are there, their numbers not."""
+    if quantised := source.config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{source.path}: its weights are packed by {str(method)[:40]!r}; of quantised files only GGUF "
+                        "is read. Take the model's original weights, or a GGUF file of it")
 
 
 def list_names(path: Path) -> str:
@@ -93,8 +119,10 @@ def list_names(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     try:
+        if (size := path.stat().st_size) > 1 << 28:
+            raise UserError(f"{path} has {size} bytes: no config and no index is that long")
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {type(data).__name__}, expected an object")
@@ -103,16 +131,16 @@ def read_json(path: Path) -> dict:
 
 # ---------------------------------------------------------------- Hugging Face directories
 
-def hf_entries(folder: Path, stem: str = "") -> dict[str, Entry]:
+def hf_entries(folder: Path) -> dict[str, Entry]:
     """Tensors of model.safetensors, of shards with an index, or of the .bin files where there are no safetensors."""
-    for suffix, pattern in ((".safetensors", "model*.safetensors"), (".bin", "pytorch_model*.bin")):
-        index = next(iter(sorted(folder.glob(f"*{suffix}.index.json"))), None)
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        index = next(iter(sorted(folder.glob(f"{pattern}.index.json"))), None)
         files = sorted(folder.glob(pattern))
         if index is not None:
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict):
                 raise UserError(f"{index} has no weight_map")
-            files = sorted({inside(folder, name, index) for name in listed.values()})
+            files = sorted({inside(folder, name, index) for name in map(str, listed.values())})
             if missing := [f.name for f in files if not f.exists()]:
                 raise UserError(f"{index.name} lists {missing[0]}, which is not in {folder} ({len(missing)} of "
                                 f"{len(files)} shards missing): the download is incomplete")
@@ -126,8 +154,8 @@ def hf_entries(folder: Path, stem: str = "") -> dict[str, Entry]:
 
 
 def inside(folder: Path, name: str, index: Path) -> Path:
-    if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"{index} points to {name!r}, outside of its folder")
+    if Path(name).name != name or "\0" in name or not name.endswith((".safetensors", ".bin")):
+        raise UserError(f"{index} points to {name[:80]!r}, outside of its folder or no file of weights")
     return folder / name
 
 
@@ -146,10 +174,10 @@ def safetensors_entries(file: Path) -> dict[str, Entry]:
     """safe_open maps the file, checks its header against its size, and reads a tensor only when it is asked for."""
     try:
         handle = safe_open(file, framework="pt")
-        names = list(handle.keys())
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}. The file is damaged or incomplete ({file.stat().st_size} bytes): download "
-                        "it again") from None
+        raise UserError(f"{file}: {error}. The file is damaged or incomplete ({size_of(file)}): download it "
+                        "again") from None
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -158,34 +186,77 @@ def safetensors_entries(file: Path) -> dict[str, Entry]:
             except (SafetensorError, OSError, KeyError, AttributeError) as error:       # e.g. a dtype that torch lacks
                 raise UserError(f"{file}: tensor {name} cannot be read: {error}") from None
         return read
-    return {name: Entry(tuple(handle.get_slice(name).get_shape()), reader(name), file) for name in names}
+    return {name: Entry(tuple(part.get_shape()), reader(name), file, part.get_dtype())
+            for name, part in slices.items()}
+
+
+def size_of(file: Path) -> str:
+    return f"{file.stat().st_size} bytes" if file.exists() else "there is no such file"
 
 
 def pickle_entries(file: Path) -> dict[str, Entry]:
-    """A .bin / .pth file. weights_only: what is no tensor or plain container is refused, no code of the file runs."""
+    """A .bin / .pth file as a table of tensors."""
+    state = load_pickle(file)
+    for wrapper in ("state_dict", "model", "module"):               # what training scripts put around it
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if isinstance(state, dict) and all(isinstance(t, Tensor) for t in flat(state).values()):
+        state = flat(state)
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        kinds = sorted({type(v).__name__ for v in (state.values() if isinstance(state, dict) else [state])})
+        raise UserError(f"{file} is no table of tensors; it holds {', '.join(kinds)}")
+    return {str(name): Entry(tuple(t.shape), lambda t=t: t, file, KINDS.get(t.dtype, str(t.dtype)))
+            for name, t in state.items() if honest(file, name, t)}
+
+
+def load_pickle(file: Path):
+    """weights_only: what is no tensor or plain container is refused, no code of the file runs."""
     import pickle
     try:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):           # files written before 2020 are no zip archives
-                raise
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        if zipped := zipfile.is_zipfile(file):
+            check_zip(file)                                         # files written before 2020 are no zip archives
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} holds something else than tensors and is not opened, it could run code ({reason}). "
                         "Convert it to safetensors where you trust it") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} cannot be read: {reason}. The file is damaged or incomplete ({file.stat().st_size} "
-                        "bytes): download it again") from None
-    for wrapper in ("state_dict", "model", "module"):               # what training scripts put around it
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        kinds = sorted({type(v).__name__ for v in (state.values() if isinstance(state, dict) else [state])})
-        raise UserError(f"{file} is no table of tensors; it holds {', '.join(kinds)}")
-    return {str(name): Entry(tuple(t.shape), lambda t=t: t, file) for name, t in state.items()}
+    except UserError:
+        raise
+    except Exception as error:           # a damaged pickle makes the reader stumble in any way that Python knows
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{file} cannot be read: {reason}. The file is damaged or incomplete ({size_of(file)}): "
+                        "download it again") from None
+
+
+def check_zip(file: Path) -> None:
+    """torch stores its archives uncompressed. Compressed or overlapping members are how a small file becomes a huge
+    one, and torch would unpack them."""
+    members = zipfile.ZipFile(file).infolist()
+    if packed := next((m for m in members if m.compress_type != zipfile.ZIP_STORED), None):
+        raise UserError(f"{file}: its member {packed.filename[:100]} is compressed ({packed.file_size} bytes in "
+                        f"{packed.compress_size}), which torch never writes: not opened")
+    if (claimed := sum(m.file_size for m in members)) > file.stat().st_size:
+        raise UserError(f"{file}: its members claim {claimed} bytes, the file has {file.stat().st_size}: not opened")
+
+
+def honest(file: Path, name: str, t: Tensor) -> bool:
+    """A tensor that says it is larger than its bytes (strides of 0, no storage at all) would be copied at that size."""
+    if t.layout != torch.strided or t.is_quantized or t.device.type != "cpu":
+        raise UserError(f"{file}: tensor {name} is {t.layout}, quantised or without numbers: only plain tensors are "
+                        "supported")
+    if t.numel() * t.element_size() > t.untyped_storage().nbytes():
+        raise UserError(f"{file}: tensor {name} {tuple(t.shape)} claims more numbers than the "
+                        f"{t.untyped_storage().nbytes()} bytes it has: the file is damaged")
+    return True
+
+
+def flat(table: dict) -> dict:
+    """Tables inside tables, as Megatron saves them: {"embedding": {"weight": t}} -> {"embedding.weight": t}."""
+    out = {}
+    for key, value in table.items():
+        inside = flat(value) if isinstance(value, dict) else None
+        out |= {key: value} if inside is None else {f"{key}.{name}": tensor for name, tensor in inside.items()}
+    return out
 
 
 # ---------------------------------------------------------------- LLaMA's other names, and the RoPE layout
@@ -197,38 +268,60 @@ def to_halves(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, D // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-NORMS = {"attention_norm": "input_layernorm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 META_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-              "output.weight": "lm_head.weight", **NORMS, "attention.wq": "self_attn.q_proj",
+              "output.weight": "lm_head.weight", "attention_norm": "input_layernorm",
+              "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj",
               "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
               "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
               "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
-GGUF_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-              "output.weight": "lm_head.weight", **NORMS, "attn_q": "self_attn.q_proj",
-              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
-def rename(name: str, table: dict[str, str], layer: str) -> str:
+def from_meta(name: str) -> str:
     """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight; unknown names stay, and are reported."""
-    if name in table:
-        return table[name]
-    m = re.fullmatch(rf"{layer}\.(\d+)\.(.+)\.(weight|bias)", name)
-    return f"model.layers.{m[1]}.{table[m[2]]}.{m[3]}" if m and m[2] in table else name
+    if name in META_NAMES:
+        return META_NAMES[name]
+    m = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    return f"model.layers.{m[1]}.{META_NAMES[m[2]]}.{m[3]}" if m and m[2] in META_NAMES else name
 
 
-def interleaved(name: str, read: Callable[[], Tensor], heads: int, kv_heads: int) -> Callable[[], Tensor]:
+def interleaved(where: Path, name: str, shape: tuple, read: Callable[[], Tensor], config: dict) -> Callable[[], Tensor]:
     """The reader of a tensor of an interleaved file: q and k come out in the half layout."""
     kind = name.split(".")[-2] if "." in name else ""
     if kind not in ("q_proj", "k_proj"):
         return read
-    return lambda: to_halves(read(), heads if kind == "q_proj" else kv_heads)
+    heads = config["num_attention_heads" if kind == "q_proj" else "num_key_value_heads"]
+    if not shape or shape[0] % (2 * heads):
+        raise UserError(f"{where}: tensor {name} is {shape}, which cannot be cut into {heads} heads of an even size")
+    return lambda: to_halves(read(), heads)
 
 
-# ---------------------------------------------------------------- Meta
+# ---------------------------------------------------------------- Meta and Mistral
 
 def open_meta(folder: Path) -> Source:
-    """consolidated.00.pth, .01.pth, ...: each matrix is cut over the files, along rows or columns."""
+    """consolidated.00.pth, .01.pth, ...: each matrix is cut over the files, along rows or columns. Mistral publishes
+    the same names and layout in consolidated.safetensors, whole or as an ordinary set of shards."""
+    shards, files = meta_shards(folder)
+    config = meta_config(folder, shards)
+    entries = {}
+    for name in sorted(set().union(*shards)):
+        if name == "rope.freqs":
+            continue
+        if absent := [f.name for f, s in zip(files, shards) if name not in s]:
+            raise UserError(f"{folder}: tensor {name} is not in {absent[0]}")
+        parts = [s[name] for s in shards]
+        axis = meta_axis(name, parts[0].shape, config["hidden_size"], len(shards))
+        shape = joined_shape(folder, name, [p.shape for p in parts], axis)
+        new, read = from_meta(name), joined([p.read for p in parts], axis)
+        entries[new] = Entry(shape, interleaved(folder, new, shape, read, config), parts[0].file, parts[0].kind)
+    if "model.embed_tokens.weight" in entries:
+        config["vocab_size"] = entries["model.embed_tokens.weight"].shape[0]
+    config["tie_word_embeddings"] = "lm_head.weight" not in entries
+    return Source(folder, config, entries)
+
+
+def meta_shards(folder: Path) -> tuple[list[dict[str, Entry]], list[Path]]:
+    if files := sorted(folder.glob("consolidated*.safetensors")):
+        return [merge_files(files)], files[:1]
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise UserError(f"{folder} has params.json but no consolidated.*.pth; it has {list_names(folder)}")
@@ -236,39 +329,35 @@ def open_meta(folder: Path) -> Source:
     if [f.name for f in files] != expected:
         raise UserError(f"{folder}: the shards are {', '.join(f.name for f in files)}, expected {expected[0]} .. "
                         f"{expected[-1]} without a gap")
+    return [pickle_entries(f) for f in files], files
+
+
+def meta_config(folder: Path, shards: list[dict[str, Entry]]) -> dict:
+    if not (folder / "params.json").exists():
+        raise UserError(f"{folder} has consolidated.* but no params.json, which says how many heads there are")
     params = read_json(folder / "params.json")
-    shards = [pickle_entries(f) for f in files]
     try:
-        dim, heads = params["dim"], params["n_heads"]
-        config = {"model_type": "llama", "hidden_size": dim, "num_hidden_layers": params["n_layers"],
-                  "num_attention_heads": heads, "num_key_value_heads": params.get("n_kv_heads") or heads,
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": params["dim"],
+                  "num_hidden_layers": params["n_layers"], "num_attention_heads": params["n_heads"],
+                  "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
                   "rms_norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta") or 10000.0}
-        config["intermediate_size"] = shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards)
+        first = shards[0]["layers.0.feed_forward.w1.weight"]
     except KeyError as missing:
-        raise UserError(f"{folder}: {missing} is missing in params.json or in {files[0].name}") from None
-    families.check_numbers(config, folder / "params.json")
-    newest, first = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6          # Llama 3, Llama 1: the length is
-    config["max_position_embeddings"] = 8192 if newest else 2048 if first else 4096    # not written in the file
+        raise UserError(f"{folder}: {missing} is missing in params.json or in the weights") from None
+    config["intermediate_size"] = (first.shape or (0,))[0] * len(shards)
+    config |= {"head_dim": params["head_dim"]} if params.get("head_dim") else {}           # Mistral's say it
+    readers.check_numbers(config, folder / "params.json")
+    newest, oldest = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6          # Llama 3, Llama 1: the length
+    config["max_position_embeddings"] = 8192 if newest else 2048 if oldest else 4096    # is not written in the file
     if params.get("use_scaled_rope"):          # Meta's own code knows the factor by heart: 8, in 3.2's small models 32
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if dim < 4096 else 8.0, "low_freq_factor": 1.0,
-                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if config["hidden_size"] < 4096 else 8.0,
+                                  "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                  "original_max_position_embeddings": 8192}
         config["max_position_embeddings"] = 131072
-    entries = {}
-    for name in sorted(set().union(*shards)):
-        if name == "rope.freqs":
-            continue
-        if absent := [f.name for f, s in zip(files, shards) if name not in s]:
-            raise UserError(f"{folder}: tensor {name} is not in {absent[0]}")
-        new, axis = rename(name, META_NAMES, "layers"), meta_axis(name, shards[0][name].shape, dim, len(shards))
-        shape = list(shards[0][name].shape)
-        if axis is not None:
-            shape[axis] *= len(shards)
-        read = joined([s[name].read for s in shards], axis)
-        entries[new] = Entry(tuple(shape), interleaved(new, read, heads, config["num_key_value_heads"]), files[0])
-    if "model.embed_tokens.weight" in entries:
-        config["vocab_size"] = entries["model.embed_tokens.weight"].shape[0]
-    config["tie_word_embeddings"] = "lm_head.weight" not in entries
-    return Source(folder, config, entries)
+    if window := params.get("sliding_window"):
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window,
+                   "max_position_embeddings": 32768}
+    return config
 
 
 def meta_axis(name: str, shape: tuple, dim: int, shards: int) -> int | None:
@@ -276,90 +365,57 @@ def meta_axis(name: str, shape: tuple, dim: int, shards: int) -> int | None:
     if "norm" in name or shards == 1:
         return None
     if "tok_embeddings" in name:                              # Llama 1 and 2 cut the columns, Llama 3 the rows
-        return 1 if shape[1] * shards == dim else 0
+        return 1 if shape[-1] * shards == dim else 0
     return 1 if ".wo." in name or ".w2." in name else 0
+
+
+def joined_shape(folder: Path, name: str, shapes: list[tuple], axis: int | None) -> tuple:
+    if axis is None:
+        return shapes[0]
+    rest = {(*s[:axis], *s[axis + 1:]) if len(s) == 2 else s for s in shapes}
+    if len(rest) > 1 or len(shapes[0]) != 2:
+        raise UserError(f"{folder}: tensor {name} is {', '.join(map(str, shapes))} in the {len(shapes)} shards, which "
+                        "do not fit together: shards of two models")
+    whole = list(shapes[0])
+    whole[axis] = sum(s[axis] for s in shapes)
+    return tuple(whole)
 
 
 def joined(readers: list[Callable[[], Tensor]], axis: int | None) -> Callable[[], Tensor]:
     return readers[0] if axis is None else lambda: torch.cat([read() for read in readers], dim=axis)
 
 
-# ---------------------------------------------------------------- GGUF
+# ---------------------------------------------------------------- nanoGPT
 
-INTERLEAVED_ARCHS = ("llama",)             # llama.cpp permutes q and k when it converts these
-
-
-def open_gguf(path: Path) -> Source:
-    meta, tensors = gguf.read_header(path)
-    arch = meta.get("general.architecture")
-
-    def get(key: str, default=None, kind: type = int):
-        value = meta.get(f"{arch}.{key}", default)
-        if value is None:
-            raise UserError(f"{path}: {arch}.{key} is missing in the header")
-        if not isinstance(value, kind):                        # a list: another number per layer
-            raise UserError(f"{path}: {arch}.{key} is {str(value)[:60]}, only one {kind.__name__} for the whole model "
-                            "is supported")
-        return value
-
-    heads = get("attention.head_count")
-    kv_heads = get("attention.head_count_kv", heads)
-    if heads <= 0 or kv_heads <= 0:
-        raise UserError(f"{path}: head counts {heads}, {kv_heads}")
-    config = {"model_type": arch, "hidden_size": get("embedding_length"), "num_hidden_layers": get("block_count"),
-              "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-              "intermediate_size": get("feed_forward_length"), "max_position_embeddings": get("context_length"),
-              "rms_norm_eps": decimal(get("attention.layer_norm_rms_epsilon", 1e-5, float)),
-              "rope_theta": decimal(get("rope.freq_base", 10000.0, float))}
-    config["head_dim"] = get("attention.key_length", 0) or config["hidden_size"] // heads
-    if (turned := get("rope.dimension_count", config["head_dim"])) != config["head_dim"]:
-        raise UserError(f"{path}: RoPE turns {turned} of {config['head_dim']} numbers of a head; only all of them is "
-                        "supported")
-    permuted, entries = arch in INTERLEAVED_ARCHS, {}
-    for name, (shape, *_) in tensors.items():
-        if name == "rope_freqs.weight":
+def open_nanogpt(path: Path) -> Source:
+    """ckpt.pt: {"model": GPT-2's tensors, "model_args": sizes}. Its matrices are nn.Linear, GPT-2's Conv1D: turned."""
+    state = load_pickle(path)
+    args = state.get("model_args") if isinstance(state, dict) else None
+    if not isinstance(args, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: a file of this kind is read when nanoGPT wrote it (model and model_args); this one "
+                        "holds something else. A state_dict belongs into pytorch_model.bin beside its config.json")
+    try:
+        config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu",
+                  "vocab_size": args["vocab_size"], "n_positions": args["block_size"], "n_embd": args["n_embd"],
+                  "n_layer": args["n_layer"], "n_head": args["n_head"], "layer_norm_epsilon": 1e-5,
+                  "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
+    except KeyError as missing:
+        raise UserError(f"{path}: model_args lacks {missing}") from None
+    readers.check_numbers(config, f"{path}: model_args")
+    entries = {}
+    for name, entry in pickle_entries(path).items():
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")         # torch.compile's, DDP's
+        if name.endswith(".attn.bias") or name == "lm_head.weight":            # the causal mask; the embedding again
             continue
-        new = rename(name, GGUF_NAMES, "blk")
-        read = functools.partial(gguf.read_tensor, path, name)
-        entries[new] = Entry(shape, interleaved(new, read, heads, kv_heads) if permuted else read, path)
-    if "model.embed_tokens.weight" in entries:
-        config["vocab_size"] = entries["model.embed_tokens.weight"].shape[0]
-    config["tie_word_embeddings"] = "lm_head.weight" not in entries
-    config["attention_bias"] = arch == "llama" and any(name.endswith("o_proj.bias") for name in entries)
-    config["rope_scaling"] = gguf_rope(path, meta, tensors, arch, config)
+        if re.search(r"\.c_(attn|proj|fc)\.weight$", name) and len(entry.shape) == 2:
+            entry = Entry(entry.shape[::-1], lambda read=entry.read: read().T, path, entry.kind)
+        entries[name] = entry
+    for name, entry in list(entries.items()):                # bias=False leaves them out; a GPT-2 has them, as zeros
+        bias = name.removesuffix("weight") + "bias"
+        if re.search(r"\.(c_attn|c_proj|c_fc|ln_1|ln_2|ln_f)\.weight$", name) and bias not in entries:
+            size = entry.shape[-1:]
+            entries[bias] = Entry(size, lambda size=size: torch.zeros(size), path)
     return Source(path, config, entries)
-
-
-def decimal(x: float) -> float:
-    """What was meant: the header holds fp32, in which 1e-5 reads 9.999999747e-06."""
-    return float(f"{x:.7g}")
-
-
-def gguf_rope(path: Path, meta: dict, tensors: dict, arch: str, config: dict) -> dict | None:
-    """Llama 3.1's scaling comes as a table of divisors, the others by name."""
-    kind = meta.get(f"{arch}.rope.scaling.type", "linear")    # files of 2023 hold the factor alone, and mean linear
-    if "rope_freqs.weight" in tensors:
-        shape, needed = tensors["rope_freqs.weight"][0], (config["head_dim"] // 2,)
-        if shape != needed:
-            raise UserError(f"{path}: tensor rope_freqs.weight is {shape}, the head asks for {needed}")
-        factors = gguf.read_tensor(path, "rope_freqs.weight").float().tolist()
-        known = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                 "original_max_position_embeddings": 8192}
-        from model import llama3_frequencies
-        base = config["rope_theta"] ** -(torch.arange(0, config["head_dim"], 2).float() / config["head_dim"])
-        for factor in (8.0, 32.0):                            # recognised, it can be written down again for other tools
-            table = base / llama3_frequencies(base, {**known, "factor": factor}, 8192)
-            if torch.allclose(table, torch.tensor(factors), rtol=1e-4):
-                return {**known, "factor": factor}
-        return {"rope_type": "factors", "factors": factors}
-    if kind in ("none", "linear", "yarn"):
-        factor = meta.get(f"{arch}.rope.scaling.factor", meta.get(f"{arch}.rope.scale_linear", 1.0))
-        trained = meta.get(f"{arch}.rope.scaling.original_context_length")
-        if kind == "none" or factor in (0, 1):
-            return None
-        scaling = {"rope_type": kind, "factor": factor}
-        return {**scaling, "original_max_position_embeddings": trained} if trained else scaling
-    raise UserError(f"{path}: {arch}.rope.scaling.type is {kind!r}; known: none, linear, yarn")
 
 
 # ---------------------------------------------------------------- llama2.c
@@ -367,14 +423,15 @@ def gguf_rope(path: Path, meta: dict, tensors: dict, arch: str, config: dict) ->
 def open_llama2c(path: Path) -> Source:
     """Version 0 of llama2.c: dim, hidden, layers, heads, kv heads, vocabulary (negative: head of its own), length; then
     fp32 tensors kind by kind, all layers of a kind together."""
-    import struct
-
-    import numpy as np
     size = path.stat().st_size
     if size < 28:
         raise UserError(f"{path}: {size} bytes are too few for a llama2.c model")
     with open(path, "rb") as file:
         C, I, L, H, K, V, T = struct.unpack("<7i", file.read(28))  # noqa: E741
+    other = {20240326: "an llm.c model", 0x616b3432: "a llama2.c model of version 1 or 2"}.get(C)
+    if other:
+        raise UserError(f"{path}: {other}; only llama2.c's version 0 is read. Export it anew (export.py --version 0), "
+                        "or take the Hugging Face files it came from")
     tied, V = V > 0, abs(V)
     if min(C, I, L, H, K, V, T) <= 0 or max(C, I, V, T) > 1 << 24 or L > 1 << 12 or C % H or H % K:
         raise UserError(f"{path}: a .bin file that is neither a pytorch_model*.bin nor a llama2.c model (its first "
@@ -399,9 +456,10 @@ def open_llama2c(path: Path) -> Source:
     def reader(start: int, shape: tuple) -> Callable[[], Tensor]:
         return lambda: torch.from_numpy(data[(start - 28) // 4:][:math.prod(shape)]).view(shape)
 
-    entries = {name: Entry(shape, interleaved(name, reader(start, shape), H, K), path)
-               for name, (start, shape) in spans.items() if name != "rope.weight"}
-    config = {"model_type": "llama", "hidden_size": C, "intermediate_size": I, "num_hidden_layers": L,
-              "num_attention_heads": H, "num_key_value_heads": K, "vocab_size": V, "max_position_embeddings": T,
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": C, "intermediate_size": I,
+              "num_hidden_layers": L, "num_attention_heads": H, "num_key_value_heads": K, "vocab_size": V,
+              "max_position_embeddings": T,
               "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": tied}
+    entries = {name: Entry(shape, interleaved(path, name, shape, reader(start, shape), config), path)
+               for name, (start, shape) in spans.items() if name != "rope.weight"}
     return Source(path, config, entries)

@@ -9,6 +9,7 @@ believed: each length is compared with the bytes that are left before anything i
 import functools
 import math
 import mmap
+import re
 import struct
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from common import UserError
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 DEEPEST = 4                                # arrays inside arrays; the format allows it, no file does more than one
+LONGEST = 1 << 24                          # items of an array; the longest are vocabularies
+CHUNK = 1 << 18                            # weights that are unpacked at once: their temporaries stay in the cache
 
 
 # ---------------------------------------------------------------- header
@@ -63,7 +66,7 @@ class Reader:
             self.fail(f"unknown value type {kind}")
         inner, n = self.take("I"), self.take("Q")
         least = struct.calcsize("<" + SCALARS[inner]) if inner in SCALARS else 8
-        if n * least > self.size - self.at:
+        if n > LONGEST or n * least > self.size - self.at:
             self.fail(f"an array claims {n} items")
         if inner in SCALARS:
             self.at += n * least
@@ -73,16 +76,17 @@ class Reader:
         return [self.value(inner, depth + 1) for _ in range(n)]
 
 
-@functools.lru_cache(maxsize=4)
-def parse(path: Path, size: int, changed: int):
+@functools.lru_cache(maxsize=16)
+def parse(path: Path, size: int, changed: int) -> tuple[dict, dict]:
     r = Reader(path)
     if (magic := r.data[:4]) != b"GGUF":
         r.fail(f"the file begins with {magic!r}, not with GGUF")
     r.at = 4
     version = r.take("I")
     if version not in (2, 3):
-        raise UserError(f"{path}: GGUF version {version} is not supported, only 2 and 3" +
-                        (" (a big-endian file)" if version >> 24 else ""))
+        kind = "a big-endian file" if version >> 24 else "a file of August 2023" if version == 1 else "a newer file"
+        raise UserError(f"{path}: GGUF version {version} is not supported, only 2 and 3 ({kind}): convert the model "
+                        "anew with llama.cpp, for a little-endian machine")
     n_tensors, n_pairs = r.take("Q"), r.take("Q")
     if 24 * n_tensors + 13 * n_pairs > r.size:               # the smallest entry of each table
         r.fail(f"the header claims {n_tensors} tensors and {n_pairs} pairs")
@@ -102,7 +106,7 @@ def parse(path: Path, size: int, changed: int):
     align = metadata.get("general.alignment", 32)
     if not isinstance(align, int) or not 0 < align <= 1 << 20:
         r.fail(f"general.alignment is {align!r}")
-    return r, metadata, locate(r, table, -(-r.at // align) * align)
+    return metadata, locate(r, table, -(-r.at // align) * align)
 
 
 def locate(r: Reader, table: dict[str, tuple], start: int) -> dict[str, tuple]:
@@ -112,7 +116,7 @@ def locate(r: Reader, table: dict[str, tuple], start: int) -> dict[str, tuple]:
         if kind not in KINDS:
             known = ", ".join(k.__name__.upper() for _, _, k in KINDS.values())
             raise UserError(f"{r.path}: tensor {name} is stored as type {kind}, which is not supported; known: {known}"
-                            ". Get the file in one of these")
+                            ". Get the file in one of these (llama-quantize --allow-requantize makes one)")
         weights, size, _ = KINDS[kind]
         count = math.prod(shape)
         if not count or count % weights or (shape and shape[-1] % weights):
@@ -133,18 +137,47 @@ def read_header(path: str | Path) -> tuple[dict, dict]:
     """(metadata, {tensor name: (shape, type, first byte, bytes)}) of a GGUF file; tensors are not read."""
     path = Path(path)
     stat = path.stat()
-    _, metadata, tensors = parse(path, stat.st_size, stat.st_mtime_ns)
-    return metadata, tensors
+    return parse(path, stat.st_size, stat.st_mtime_ns)
+
+
+def read_model(path: Path) -> tuple[dict, dict[str, tuple[Path, tuple, str]]]:
+    """(metadata, {tensor name: (file, shape, type)}) of a model in one file or in NAME-00001-of-00003.gguf ..."""
+    metadata, tensors = read_header(path)
+    count, files = metadata.get("split.count", 1), [path]
+    if not isinstance(count, int) or count > 1:
+        m = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+        if m is None or int(m[3]) != count:
+            raise UserError(f"{path}: one of {count} parts, but it is not called NAME-00001-of-{count:05}.gguf: give "
+                            "it back the name that it had")
+        files = [path.with_name(f"{m[1]}-{i + 1:05}-of-{m[3]}.gguf") for i in range(count)]
+        if missing := [f.name for f in files if not f.exists()]:
+            raise UserError(f"{path}: one of {count} parts; {missing[0]} is missing ({len(missing)} missing): the "
+                            "download is incomplete")
+        metadata = read_header(files[0])[0]                  # the other parts have the tensors and nothing else
+    found: dict[str, tuple] = {}
+    for file in files:
+        for name, (shape, kind, *_) in read_header(file)[1].items():
+            if name in found:
+                raise UserError(f"tensor {name} stands in {found[name][0]} and in {file.name}: parts of two models")
+            found[name] = file, shape, KINDS[kind][2].__name__.upper()
+    return metadata, found
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor, dequantised to fp32 (F16 and BF16 stay what they are)."""
-    stat = path.stat()
-    r, _, tensors = parse(path, stat.st_size, stat.st_mtime_ns)
-    shape, kind, start, n = tensors[name]
-    raw = torch.frombuffer(bytearray(r.data[start:start + n]), dtype=torch.uint8)
-    _, size, unpack = KINDS[kind]
-    return unpack(raw.view(-1, size)).reshape(shape)
+    """One tensor, dequantised to fp32 (F32, F16 and BF16 come as they are, straight from the mapped file)."""
+    shape, kind, start, n = read_header(path)[1][name]
+    begin = start - start % mmap.ALLOCATIONGRANULARITY       # a map of this tensor alone; whoever writes gets a copy
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), start + n - begin, access=mmap.ACCESS_COPY, offset=begin)
+    raw = torch.frombuffer(data, dtype=torch.uint8, offset=start - begin)
+    weights, size, unpack = KINDS[kind]
+    if weights == 1:
+        return unpack(raw if start % size == 0 else raw.clone()).reshape(shape)
+    blocks, step = raw.view(-1, size), CHUNK // weights
+    out = torch.empty(len(blocks), weights)
+    for i in range(0, len(blocks), step):
+        out[i:i + step] = unpack(blocks[i:i + step])
+    return out.reshape(shape)
 
 
 # ---------------------------------------------------------------- block formats: uint8 (n, bytes) -> (n, weights)
@@ -244,7 +277,22 @@ def q6_k(b: Tensor) -> Tensor:             # 128 bytes of 4 bits | 64 of 2 | 16 
     return (scale[..., None] * ((low | high << 4).float() - 32).view(-1, 16, 16)).flatten(1)
 
 
+CODEBOOK = torch.tensor([-127., -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+
+
+def iq4_nl(b: Tensor) -> Tensor:           # d | 16 bytes of nibbles, which number the values of a table
+    return half(b[:, :2]) * CODEBOOK[nibbles(b[:, 2:]).int()]
+
+
+def iq4_xs(b: Tensor) -> Tensor:           # d | 8 6-bit scales: 2 bytes of top bits, 4 of the rest | 128 of nibbles
+    low, shift = torch.stack((b[:, 4:8] & 15, b[:, 4:8] >> 4), dim=-1), torch.arange(0, 8, 2, dtype=torch.uint8)
+    high = (b[:, 2:4, None] >> shift) & 3
+    scale = half(b[:, :2]) * ((low.flatten(1) | high.flatten(1) << 4).float() - 32)
+    return (scale[..., None] * CODEBOOK[nibbles(b[:, 8:].reshape(-1, 8, 16)).int()]).flatten(1)
+
+
 # type number -> (weights per block, bytes per block, how to unpack)
 KINDS = {0: (1, 4, f32), 1: (1, 2, f16), 30: (1, 2, bf16),
          2: (32, 18, q4_0), 3: (32, 20, q4_1), 6: (32, 22, q5_0), 7: (32, 24, q5_1), 8: (32, 34, q8_0),
-         10: (256, 84, q2_k), 11: (256, 110, q3_k), 12: (256, 144, q4_k), 13: (256, 176, q5_k), 14: (256, 210, q6_k)}
+         10: (256, 84, q2_k), 11: (256, 110, q3_k), 12: (256, 144, q4_k), 13: (256, 176, q5_k), 14: (256, 210, q6_k),
+         20: (32, 18, iq4_nl), 23: (256, 136, iq4_xs)}

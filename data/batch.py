@@ -64,6 +64,20 @@ def encode_sft(rows: list[dict], tokenizer, max_len: int) -> Samples:
     return samples
 
 
+def last_answers(samples: Samples) -> Samples:
+    """For an encoder-decoder: of each conversation the last answer is supervised, all before it is its prompt.
+    mask 0 0 1 1 0 0 1 1 0 -> 0 0 0 0 0 0 1 1, and the ids end with it"""
+    kept = Samples(counts={**samples.counts, "earlier answers read as prompt": 0}, title=samples.title)
+    for s in samples:
+        end = len(s["mask"]) - s["mask"][::-1].index(1)
+        start = max((i + 1 for i in range(end) if not s["mask"][i]), default=0)
+        if start == 0:
+            raise UserError(f"{s.get('where')}: a text without a prompt; an encoder-decoder learns answers to prompts")
+        kept.counts["earlier answers read as prompt"] += any(s["mask"][:start])
+        kept.append({**s, "ids": s["ids"][:end], "mask": [0] * start + [1] * (end - start)})
+    return kept
+
+
 def encode_preferences(rows: list[dict], tokenizer, max_len: int) -> Samples:
     """Ranked answers to sequences prompt + answer + end. The prompt is cut from the left: the reward is read at the end
     token, which therefore is the last token of every sequence."""
@@ -123,6 +137,18 @@ def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[T
         where = slice(0, n) if side == "right" else slice(T - n, T)
         ids[row, where], mask[row, where] = torch.tensor(sequence, dtype=torch.int64), 1
     return ids, mask
+
+
+def split(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of `last_answers`, padded on the right -> prompts and their mask, answers and their mask (bool).
+    ids [[5, 6, 7, 8], [5, 8, 9, 0]], mask [[0, 0, 1, 1], [0, 1, 1, 0]]
+    -> [[5, 6], [5, *]], [[1, 1], [1, 0]], [[7, 8], [8, 9]], [[1, 1], [1, 1]]      * a pad: any token, nobody looks"""
+    first, n = mask.argmax(1), mask.sum(1)                                     # (B,), (B,)
+    assert int(first.min()) > 0, "a row without a prompt: an encoder-decoder needs at least one token of it"
+    index = torch.arange(ids.shape[1], device=ids.device)
+    answer = (first[:, None] + index[:int(n.max())]).clamp(max=ids.shape[1] - 1)
+    prompt = index[:int(first.max())]
+    return ids[:, prompt], (prompt < first[:, None]).long(), ids.gather(1, answer), index[:int(n.max())] < n[:, None]
 
 
 def pack(samples: list[dict], max_len: int) -> list[dict]:

@@ -17,85 +17,86 @@ import json
 import re
 
 from common import UserError
+from data.chat_formats import (
+    ALPACA,
+    ROWS,
+    VICUNA,
+    A,
+    E,
+    F,
+    J,
+    S,
+    U,
+    alpaca,
+    chatglm,
+    chatglm2,
+    chatglm3,
+    chatml,
+    glm4,
+    llama2,
+    llama3,
+    vicuna,
+    zephyr,
+)
 
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+__all__ = ["ALPACA", "FORMATS", "VICUNA", "guess", "render", "use_format"]
 
-# A piece is (text, kind). F = text of the format (may name special tokens), U = somebody's words. Supervised are A = an
-# answer, S = what a template says in its name (may name special tokens), E = the end of its turn (a special token;
-# "" = the tokenizer's own end token).
-F, U, A, S, E = "format", "user", "answer", "said", "end"
+FORMATS = {"chatml": chatml, "alpaca": alpaca, "vicuna": vicuna, "llama2": llama2, "llama3": llama3, "zephyr": zephyr,
+           "chatglm": chatglm, "chatglm2": chatglm2, "chatglm3": chatglm3, "glm4": glm4, **ROWS}
+ABOUT = {"chatml": "many: Qwen, Yi, InternLM2, SmolLM", "alpaca": "Alpaca, Dolly v1, MPT-Instruct, most LoRA projects",
+         "vicuna": "Vicuna v1.1 and later", "llama2": "Llama-2-Chat", "llama3": "Llama-3-Instruct", "zephyr": "Zephyr",
+         "chatglm": "ChatGLM-6B", "chatglm2": "ChatGLM2-6B", "chatglm3": "ChatGLM3-6B", "glm4": "GLM-4-9B-Chat"}
 
-
-# ---------------------------------------------------------------- built-in formats
-
-def chatml(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = [("<|im_start|>system\n", F), (system, U), ("<|im_end|>\n", F)] if system else []
-    for role, text in turns:
-        pieces += [(f"<|im_start|>{role}\n", F)]
-        pieces += [(text, U), ("<|im_end|>\n", F)] if role == "user" else [(text, A), ("<|im_end|>", E), ("\n", F)]
-    return pieces + ([("<|im_start|>assistant\n", F)] if prompt else [])
-
-
-def alpaca(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = [(system, U) if system else (ALPACA, F), ("\n\n", F)]
-    for i, (role, text) in enumerate(turns):
-        if role == "user":
-            pieces += [("\n\n" if i else "", F), ("### Instruction:\n", F), (text, U), ("\n\n", F)]
-        else:
-            pieces += [("### Response:\n", F), (text, A), ("", E)]
-    return pieces + ([("### Response:\n", F)] if prompt else [])
-
-
-def vicuna(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = [(system, U) if system else (VICUNA, F), (" ", F)]
-    for role, text in turns:
-        pieces += [("USER: ", F), (text, U), (" ", F)] if role == "user" else [("ASSISTANT:", F), (" " + text, A),
-                                                                               ("", E)]
-    return pieces + ([("ASSISTANT:", F)] if prompt else [])
-
-
-def llama2(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = []
-    for i, (role, text) in enumerate(turns):
-        if role == "user":
-            head = [("<<SYS>>\n", F), (system, U), ("\n<</SYS>>\n\n", F)] if system and i == 0 else []
-            pieces += [("<s>" if i else "", F), ("[INST] ", F), *head, (text.strip(), U), (" [/INST]", F)]
-        else:
-            pieces += [(" " + text.strip() + " ", A), ("</s>", E)]
-    return pieces
-
-
-def llama3(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = []
-    for role, text in ([("system", system)] if system else []) + turns:
-        pieces += [(f"<|start_header_id|>{role}<|end_header_id|>\n\n", F)]
-        pieces += [(text.strip(), A), ("<|eot_id|>", E)] if role == "assistant" else [(text.strip(), U),
-                                                                                      ("<|eot_id|>", F)]
-    return pieces + ([("<|start_header_id|>assistant<|end_header_id|>\n\n", F)] if prompt else [])
+# A model that brings no template: what its tokens tell (all of a row must be there), then what its name tells. Only
+# systems of one format each; of two names that fit the first counts.
+BY_TOKENS = (("<|MOSS|> <eom>", "moss"), ("<|Bot|> <eoa>", "internlm"), ("<eoh> <eoa>", "internlm"),
+             ("### End", "dolly"), ("<|USER|> <|ASSISTANT|>", "stablelm"), ("<start_of_turn> <end_of_turn>", "gemma"))
+BY_NAME = tuple((word, name) for name, words in (
+    ("chatglm3", "chatglm3"), ("chatglm2", "chatglm2 codegeex2"), ("chatglm", "chatglm-6b"), ("glm4", "glm-4-9b-chat"),
+    ("moss", "moss-moon"), ("dolly", "dolly-v2"), ("openchatkit", "gpt-neoxt-chat"), ("redpajama", "incite-chat "
+     "redpajama-incite-7b-chat redpajama-incite-chat-3b"), ("belle", "belle-7b belle-llama"), ("billa", "billa-7b-sft"),
+    ("vicuna_v0", "vicuna-7b-delta-v0 vicuna-13b-delta-v0"), ("vicuna", "vicuna"), ("koala", "koala"),
+    ("oasst_llama", "oasst-rlhf-2-llama oasst-sft-6-llama oasst-sft-7-llama"), ("oasst", "oasst-sft oasst-rm"),
+    ("stablelm", "stablelm-tuned-alpha"), ("baize", "baize"), ("phoenix", "phoenix-chat phoenix-inst chimera"),
+    ("falcon_chat", "falcon-180b-chat"), ("falcon", "falcon-7b-instruct falcon-40b-instruct"),
+    ("baichuan", "baichuan2-7b-chat baichuan2-13b-chat"), ("baichuan1", "baichuan-13b-chat"),
+    ("internlm", "internlm-chat"), ("chinese_alpaca2", "chinese-alpaca-2"), ("chinese_alpaca", "chinese-alpaca"),
+    ("chatyuan", "chatyuan"), ("firefly", "firefly"), ("guanaco", "guanaco"), ("wizardlm", "wizardlm-7b"),
+    ("chatrwkv", "rwkv-4-raven"), ("plain", "bloomz mt0"), ("gpt4all", "gpt4all-j gpt4all-13b"), ("mpt", "mpt-7b-chat"),
+    ("starchat", "starchat"), ("aquila", "aquilachat"), ("h2ogpt", "h2ogpt"), ("deepseek_coder", "deepseek-coder-"
+     "1.3b-instruct deepseek-coder-6.7b-instruct deepseek-coder-33b-instruct"), ("deepseek", "deepseek-llm-7b-chat "
+     "deepseek-llm-67b-chat"), ("qwen", "qwen-7b-chat qwen-14b-chat qwen-72b-chat qwen-1_8b-chat"))
+    for word in words.split())
 
 
-def zephyr(system: str | None, turns: list[tuple[str, str]], prompt: bool):
-    pieces = []
-    for role, text in ([("system", system)] if system else []) + turns:
-        pieces += [(f"<|{role}|>\n", F)]
-        pieces += [(text, A), ("", E), ("\n", F)] if role == "assistant" else [(text, U), ("</s>\n", F)]
-    return pieces + ([("<|assistant|>\n", F)] if prompt else [])
+def guess(name: str, tokenizer=None) -> str | None:
+    """The format of a public model, by the tokens of its vocabulary or by its name: "THUDM/chatglm-6b" -> "chatglm";
+    None where that is not certain."""
+    if tokenizer is not None:
+        there = tokenizer.named.keys()
+        for tokens, found in BY_TOKENS:
+            if all(t in there for t in (tokens.split() if " <" in tokens else [tokens])):
+                return found
+    name = name.lower().replace("_", "-").replace("qwen-1-8b", "qwen-1_8b")
+    return next((found for word, found in BY_NAME if word in name), None)
 
 
-FORMATS = {"chatml": chatml, "alpaca": alpaca, "vicuna": vicuna, "llama2": llama2, "llama3": llama3, "zephyr": zephyr}
+def listing() -> str:
+    """Every format, one a line."""
+    about = ABOUT | {name: row.about for name, row in ROWS.items()}
+    return "\n".join(f"  {name:16} {about[name]}" for name in FORMATS)
 
 
 def use_format(tokenizer, name: str = "") -> str:
-    """Takes the format of this name, or the model's own, or where it has none chatml (if its tokens exist) or alpaca.
-    Its end token becomes an end token of the tokenizer: a base model that learns chatml must stop at <|im_end|>."""
+    """Takes the format of this name, or the model's own, or where it has none what `guess` is certain of, or chatml (if
+    its tokens exist), or alpaca. Its end token becomes one of the tokenizer's: a base model must stop at <|im_end|>."""
     if tokenizer is None:
         raise UserError("this model has no tokenizer: put tokenizer.json or tokenizer.model beside its weights")
     if name and name not in FORMATS:
-        raise UserError(f"--template {name} is unknown; known: {', '.join(FORMATS)}")
+        raise UserError(f"--template {name} is unknown; known:\n{listing()}")
     default = "chatml" if "<|im_start|>" in tokenizer.specials else "alpaca"
-    tokenizer.chat_template = name or tokenizer.chat_template or default
+    guessed = guess(tokenizer.origin, tokenizer)
+    tokenizer.chat_template = name or tokenizer.chat_template or guessed or default
     ids, mask = render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     end = [i for i, supervised in zip(ids, mask) if supervised][-1]
     if end not in tokenizer.eos_ids:
@@ -128,7 +129,9 @@ def encode_pieces(tokenizer, pieces: list[tuple[str, str]]) -> tuple[list[int], 
     runs: list[list] = []                                 # [text or id, mask]
     for text, kind in pieces:
         supervised = int(kind in (A, E, S))
-        for part in end_ids(tokenizer, text) if kind == E else tokenizer.split(text, special=kind in (F, S)):
+        for part in end_ids(tokenizer, text) if kind == E else tokenizer.split(text, special=kind in (F, S, J)):
+            if kind == J and runs and isinstance(part, int) and runs[-1][0] == part:
+                continue                                  # the end of an answer is the beginning of a question
             if isinstance(part, str) and runs and isinstance(runs[-1][0], str) and runs[-1][1] == supervised:
                 runs[-1][0] += part
             else:
@@ -197,6 +200,10 @@ def jinja_pieces(tokenizer, template: str, messages: list[dict], prompt: bool) -
     pieces, shown = [(parts[0], F)], parts[0]
     for number, content, text in zip(map(int, parts[1::2]), words, parts[2::2]):
         if messages[number]["role"] == "assistant":
+            if number < len(messages) - 1 and not ends_turn(tokenizer, text):
+                pieces += [(content, U), (text, F)]       # an earlier answer without an end: part of the prompt
+                shown += MARK.format(number) + text
+                continue
             opening, said = pieces.pop()[0] if pieces[-1][1] == F else "", ""
             ends = show(marked[:number], True)
             if shown.startswith(ends) and len(shown) - len(ends) <= len(opening):
@@ -230,6 +237,10 @@ def what_is_printed(messages: list[dict], parts: list[str], text: str) -> list[s
         raise UserError(f"the chat template rewrites messages[{number}], {messages[number]['content'][:40]!r}, so it "
                         f"is unclear what to supervise. Pass --template with one of {', '.join(FORMATS)}")
     return words
+
+
+def ends_turn(tokenizer, behind: str) -> bool:
+    return not behind or behind.lstrip().startswith(tuple(tokenizer.specials) or " ")
 
 
 def answer(tokenizer, words: str, behind: str) -> list[tuple[str, str]]:

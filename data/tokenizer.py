@@ -22,15 +22,11 @@ from pathlib import Path
 import regex
 import torch
 
+from data.splits import BYTES, GPT2, LLAMA3, QWEN2, Splitting, cut  # noqa: F401 (names that others import from here)
+
 BLOCK = "\u2581"                          # SentencePiece's sign for a space
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 SURROGATE = re.compile("[\ud800-\udfff]")
-
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-          r"\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-BYTES = ""                                # in a list of splits: from here on words are bytes
 
 
 # ---------------------------------------------------------------- byte pair encoding
@@ -78,27 +74,28 @@ def merge_pairs(parts: list[str], rank: Callable[[str, str], float | None]) -> l
 
 class ByteBPE:
     """Byte-level BPE: regexes cut words, words become bytes (as GPT-2's stand-in characters), pairs merge by rank."""
-    def __init__(self, vocab: dict[str, int], rank: Callable[[str, str], float | None], splits: list[str],
-                 nfc: bool = False, ignore_merges: bool = False, prefix_space: bool = False):
+    def __init__(self, vocab: dict[str, int], rank: Callable[[str, str], float | None], splits: list,
+                 nfc: bool = False, ignore_merges: bool = False, prefix_space: bool = False,
+                 normalize: Callable[[str], str] | None = None):
         self.vocab, self.rank, self.nfc = vocab, rank, nfc
+        self.normalize = normalize or (functools.partial(unicodedata.normalize, "NFC") if nfc else None)
         self.ignore_merges, self.prefix_space = ignore_merges, prefix_space
-        # V1: sets inside sets, [^a[bc]], which the regexes of some files have.
-        self.splits = [regex.compile(s, regex.V1) if s != BYTES else None for s in splits]
+        self.splits = [Splitting(s) if s != BYTES else None for s in splits]
         self.cache: dict[str, list[int]] = {}
 
     def words(self, text: str) -> list[str]:
         """The words as stand-in characters. Regexes in front of BYTES see the text, those behind it its bytes."""
         pieces, is_text = [text], True
-        for pattern in [*self.splits, None]:
-            if pattern is not None:
-                pieces = [p for piece in pieces for p in cut(pattern, piece)]
+        for split in [*self.splits, None]:
+            if split is not None:
+                pieces = [p for piece in pieces for p in split(piece)]
             elif is_text:
                 pieces, is_text = [p.encode("utf-8").decode("latin-1").translate(BYTE_TO_CHAR) for p in pieces], False
         return pieces
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
+        if self.normalize is not None:
+            text = self.normalize(text)
         if self.prefix_space and start and text and not text.startswith(" "):
             text = " " + text
         ids: list[int] = []
@@ -118,18 +115,6 @@ class ByteBPE:
         return bytes(CHAR_TO_BYTE[c] for c in token) if all(c in CHAR_TO_BYTE for c in token) else token.encode("utf-8")
 
 
-def cut(pattern: regex.Pattern, text: str) -> list[str]:
-    """The matches and what lies between them, in order: the pieces join to the text."""
-    pieces, last = [], 0
-    for m in pattern.finditer(text):
-        if m.start() > last:
-            pieces.append(text[last:m.start()])
-        if m.end() > m.start():
-            pieces.append(m.group())
-        last = m.end()
-    return pieces + ([text[last:]] if last < len(text) else [])
-
-
 class CharBPE:
     """SentencePiece-like BPE: a space is a lower block, one is put in front, what has no token becomes bytes.
     double: also where there is a block already; by_word: no merge across the beginning of a word (both: Metaspace)."""
@@ -138,11 +123,19 @@ class CharBPE:
                  by_word: bool = False):
         self.vocab, self.rank, self.unk_id, self.prefix, self.fallback = vocab, rank, unk_id, prefix, fallback
         self.fuse_unk, self.double, self.by_word = fuse_unk, double, by_word
+        self.late: dict[str, int] = {}                    # names that are looked for when the blocks are in place
+        self.find_late: regex.Pattern | None = None
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         text = text.replace(" ", BLOCK)
         if text and self.prefix and start and (self.double or not text.startswith(BLOCK)):
             text = BLOCK + text
+        if self.late:
+            pieces = cut(self.find_late, text)
+            return [i for p in pieces for i in ([self.late[p]] if p in self.late else self.encode_blocks(p))]
+        return self.encode_blocks(text)
+
+    def encode_blocks(self, text: str) -> list[int]:
         ids: list[int] = []
         for word in re.findall(f"{BLOCK}?[^{BLOCK}]+|{BLOCK}", text) if self.by_word else [text]:
             unknown = False                               # whether the part before was one: a run of them is one token
@@ -196,22 +189,26 @@ class SentencePiece:
 class Tokenizer:
     """encode, decode, stream and render, whatever the file was. Two kinds of tokens have names instead of being merged:
     `specials` steer the model (<|im_end|>) and come from templates only; `words` (<think>, runs of blanks) count
-    wherever they stand. `shapes` are the regexes of names that take blanks around them along."""
+    wherever they stand. `shapes` are the regexes of names that take blanks around them along, `second` the names that
+    are looked for in what the others leave."""
     def __init__(self, core, specials: dict[str, int], *, bos_id: int | None, eos_ids: list[int],
                  pad_id: int | None = None, vocab_size: int = 0, chat_template: str | None = None,
                  files: dict[str, bytes] | Callable[["Tokenizer"], dict[str, bytes]] | None = None,
                  add_bos: bool | None = None, space_after: bool = False, words: dict[str, int] | None = None,
-                 shapes: dict[str, str] | None = None):
+                 shapes: dict[str, str] | None = None, second: set[str] = frozenset()):
         self.core, self.specials, self.words = core, specials, words or {}
         self.bos_id, self.eos_ids = bos_id, list(dict.fromkeys(eos_ids))
         self.pad_id = pad_id if pad_id is not None else self.eos_ids[0] if self.eos_ids else 0
         self.add_bos = bos_id is not None and add_bos is not False
         self.chat_template, self.space_after = chat_template, space_after
+        self.origin = ""                                  # what the model's settings call it
         self.named = self.words | specials
         self.token_of = {i: t for t, i in core.vocab.items()} | {i: t for t, i in self.named.items()}
         self.vocab_size = max(vocab_size, max(self.token_of) + 1)
         self.special_ids, self.named_ids = set(specials.values()), set(self.named.values())
-        self.find_words, self.find_named = (name_pattern(names, shapes or {}) for names in (self.words, self.named))
+        self.find_words, self.find_named = (
+            [name_pattern({n: i for n, i in names.items() if (n in second) == last}, shapes or {})
+             for last in (False, True)] for names in (self.words, self.named))
         self.make_files = files if callable(files) else lambda tokenizer: files or {}
 
     @functools.cached_property
@@ -221,10 +218,13 @@ class Tokenizer:
 
     def split(self, text: str, special: bool) -> list[int | str]:
         """Cut at the names of tokens: "<s>Hi" -> [1, "Hi"], or ["<s>Hi"] if special is False."""
-        names, pattern = (self.named, self.find_named) if special else (self.words, self.find_words)
-        if pattern is None:
-            return [text]
-        return [names.get(piece, names.get(piece.strip(), piece)) for piece in cut(pattern, text)]
+        names, patterns = (self.named, self.find_named) if special else (self.words, self.find_words)
+        parts: list[int | str] = [text]
+        for pattern in patterns:
+            if pattern is not None:
+                parts = [names.get(p, names.get(p.strip(), p)) if isinstance(p, str) else p for part in parts
+                         for p in (cut(pattern, part) if isinstance(part, str) else [part])]
+        return parts
 
     def encode(self, text: str, special: bool = False, start: bool = True) -> list[int]:
         """Ids without BOS and EOS. special=True: names of special tokens in the text become these tokens; for
@@ -241,7 +241,9 @@ class Tokenizer:
         token = self.token_of.get(i)
         if token is None:
             return b""                                    # padded vocabularies have ids without a token
-        return token.encode("utf-8") if i in self.named_ids else self.core.token_bytes(token)
+        if i in self.named_ids:                           # Gemma lists runs of blocks as words: they are spaces
+            return (token if isinstance(self.core, ByteBPE) else token.replace(BLOCK, " ")).encode("utf-8")
+        return self.core.token_bytes(token)
 
     def decode(self, ids) -> str:
         """The text of the ids, special tokens by their names; bytes that are no UTF-8 become U+FFFD."""
@@ -272,11 +274,17 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
         self.first = getattr(tokenizer.core, "prefix", False)  # the space that encode put in front is taken off
+        self.held = b""                                   # a space that stands behind words, but not behind the last
+        self.suffix = bool(getattr(tokenizer.core, "suffix", ""))
 
     def push(self, i: int) -> str:
         data = self.tokenizer.bytes_of(i)
         if self.first and i not in self.tokenizer.named_ids:
             data, self.first = data.removeprefix(b" "), self.first and not data
+        if self.suffix:
+            data = self.held + data
+            self.held = b" " if data.endswith(b" ") else b""
+            data = data.removesuffix(self.held)
         return self.decoder.decode(data)
 
     def flush(self) -> str:
@@ -291,10 +299,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     path = Path(path)
     if path.is_file():
         return tokenizer_files.from_file(path)
-    for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "encoder.json", "vocab.json"):
+    for name in ("tokenizer.json", "tekken.json", "ice_text.model", "tokenizer.model", "spiece.model", "qwen.tiktoken",
+                 "encoder.json", "vocab.json"):
         if (path / name).exists():
             return tokenizer_files.from_file(path / name)
-    others = [file for kind in ("*.gguf", "*.tiktoken", "*.model", "tok*.bin") for file in sorted(path.glob(kind))]
+    kinds = ("*.gguf", "*.tiktoken", "*.model", "*.model.v*", "tok*.bin", "rwkv_vocab*.txt", "vocab.txt")
+    others = [file for kind in kinds for file in sorted(path.glob(kind))]
     if (path / "params.json").exists():                   # Meta's LLaMA: one tokenizer.model above 7B/, 13B/, ...
         others += path.resolve().parent.glob("tokenizer.model")
     return tokenizer_files.from_file(others[0]) if others else None

@@ -1,11 +1,13 @@
 """The files that tokenizers come in -> data/tokenizer.py's Tokenizer, and back to files that other tools read.
 
-    tokenizer.json          byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) or SentencePiece-like BPE (LLaMA 1/2, Mistral)
+    tokenizer.json          what the tokenizers package writes (data/tokenizer_json.py)
     tokenizer.model         SentencePiece (a protobuf), or tiktoken ranks (Llama 3: one "base64 rank" per line)
     *.tiktoken              tiktoken ranks (Qwen)
-    *.gguf                  the tokenizer inside the weights: merges, or scores
+    *.gguf                  the tokenizer inside the weights (data/tokenizer_gguf.py)
     tok*.bin                llama2.c
-    encoder.json vocab.bpe  GPT-2's first release, and vocab.json merges.txt (OPT)
+    encoder.json vocab.bpe  GPT-2's first release, and vocab.json merges.txt (OPT, GPT-1)
+    ice_text.model          ChatGLM-6B; ChatGLM2 and 3 have a tokenizer.model (data/tokenizer_glm.py)
+    tekken.json             Mistral; World vocabulary (.txt), CPM and PanGu: data/tokenizer_makers.py
 
 Ids must be the original's to the last one: a model that reads other ids than it learned writes nonsense without any
 error. So whatever a file asks for that is not known here is an error that names it.
@@ -22,8 +24,6 @@ from common import UserError
 from data.tokenizer import (
     BLOCK,
     BYTE_TO_CHAR,
-    BYTE_TOKEN,
-    BYTES,
     GPT2,
     LLAMA3,
     QWEN2,
@@ -34,28 +34,81 @@ from data.tokenizer import (
     merge_pairs,
 )
 
-# GGUF names the word splitter instead of spelling it: `tokenizer.ggml.pre` -> regexes, each applied to the pieces of
-# the one before.
-GGUF_SPLITS = {name: splits for names, splits in (
-    ("default gpt-2 mpt olmo jina-v2-en phi-2", [GPT2]),
-    ("llama-bpe llama3 llama-v3 dbrx smaug-bpe", [LLAMA3]),
-    ("qwen2 deepseek-r1-qwen stablelm2", [QWEN2]),
-    ("smollm starcoder refact command-r", [r"\p{N}", GPT2])) for name in names.split()}
+# These names steer the model, even where a file lists them as ordinary words.
+STEERING = re.compile("<[|\uff5c].+[|\uff5c]>|<(start|end)_of_turn>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 
 
+NOT_READ = {".pkl": "a Python pickle could run any code: write nanoGPT's or nanochat's vocabulary as tokenizer.json"}
+
+
 def from_file(path: Path) -> Tokenizer | None:
+    """By the name of the file; which tokenizer is in a .model file, its content and the settings beside it tell."""
+    from data import tokenizer_gguf, tokenizer_json, tokenizer_makers  # they build on what stands below
     if path.suffix == ".gguf":
-        return from_gguf(path)
+        return tokenizer_gguf.from_gguf(path)
+    if path.name == "tekken.json":
+        return tokenizer_makers.from_tekken(path)
     if path.suffix == ".json":
-        return from_gpt2_files(path) if path.name in ("encoder.json", "vocab.json") else from_tokenizer_json(path)
-    if path.suffix in (".tiktoken", ".model"):
-        data = path.read_bytes()
-        return from_ranks(path, data) if is_ranks(data) else from_sentencepiece(path, data)
+        named = path.name in ("encoder.json", "vocab.json")
+        return from_gpt2_files(path) if named else tokenizer_json.from_tokenizer_json(path)
+    if path.suffix == ".txt":
+        return tokenizer_makers.from_rwkv(path) if "rwkv" in path.name else tokenizer_makers.from_cpm_ant(path)
+    if path.suffix in (".tiktoken", ".model") or re.search(r"\.model\.v\d+\w*$", path.name):
+        return from_model(path, path.read_bytes())
     if path.suffix == ".bin" and path.name.startswith("tok"):
         return from_llama2c(path.read_bytes())
-    raise UserError(f"{path} is no tokenizer that is known: tokenizer.json, tokenizer.model, *.tiktoken, encoder.json, "
-                    "tok*.bin or *.gguf")
+    raise UserError(f"{path} is no tokenizer that is known: " + NOT_READ.get(
+        path.suffix, "tokenizer.json, tokenizer.model, *.tiktoken, tekken.json, encoder.json, tok*.bin or *.gguf"))
+
+
+def from_model(path: Path, data: bytes) -> Tokenizer:
+    from data import tokenizer_glm, tokenizer_makers
+    if is_ranks(data):
+        return from_ranks(path, data)
+    if path.name == "ice_text.model":
+        return tokenizer_glm.from_ice_text(path, data)
+    try:
+        core = SentencePiece(data)
+    except RuntimeError as error:
+        raise UserError(f"{path} is no SentencePiece model and no list of tiktoken ranks: {error}") from None
+    if tokenizer_glm.is_chatglm(path.parent):
+        return tokenizer_glm.from_chatglm(path, data)
+    if "\u2582" in core.vocab and "\u2583" in core.vocab and ("<eot>" in core.vocab or "<eod>" in core.vocab):
+        return tokenizer_makers.from_chinese_words(path, data)
+    return from_sentencepiece(path, core)
+
+
+def proto_fields(data: bytes):
+    """The fields of a protobuf message: (number, content, the whole field as it stands). Numbers come as b""."""
+    at = 0
+    while at < len(data):
+        start, (key, at) = at, read_varint(data, at)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            size, at = 0, read_varint(data, at)[1]
+        elif kind == 2:
+            size, at = read_varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind} at byte {start}")
+        if at + size > len(data):
+            raise ValueError(f"field {number} at byte {start} claims {size} bytes of {len(data)}")
+        yield number, data[at:at + size], data[start:at + size]
+        at += size
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, seven bits a byte, the lowest first -> (it, the place behind it)."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError(f"truncated at byte {at}")
+        value, at = value | (data[at] & 127) << shift, at + 1
+        if data[at - 1] < 128:
+            return value, at
+    raise ValueError(f"a number of more than ten bytes at byte {at - 10}")
 
 
 def read_settings(folder: Path) -> dict:
@@ -64,9 +117,12 @@ def read_settings(folder: Path) -> dict:
     def read(name: str) -> dict:
         file = folder / name
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except ValueError as error:
+            raw = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is no JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{file} is no JSON object but a {type(raw).__name__}")
+        return raw
 
     config, special_map, generation, model, old = (read(f"{n}.json") for n in (
         "tokenizer_config", "special_tokens_map", "generation_config", "config", "added_tokens"))
@@ -85,7 +141,13 @@ def read_settings(folder: Path) -> dict:
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     added = [{"content": t, "id": i, "special": True} for t, i in old.items()]
     added += [{**t, "id": int(i)} for i, t in (config.get("added_tokens_decoder") or {}).items()]
-    return {"names": names, "eos": eos, "template": template, "added": added, "add_bos": config.get("add_bos_token")}
+    if not all(isinstance(t.get("content"), str) and isinstance(t["id"], int) for t in added):
+        raise UserError(f"{folder}: an added token without text or id in tokenizer_config.json or added_tokens.json")
+    extra = config.get("extra_ids", 100 if config.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") else 0)
+    name = f"{config.get('name_or_path')} {model.get('_name_or_path')}".lower()
+    return {"names": names, "eos": eos, "template": template, "added": added, "add_bos": config.get("add_bos_token"),
+            "extra_ids": extra if isinstance(extra, int) and 0 <= extra <= 10_000 else 0, "name": name,
+            "class": config.get("tokenizer_class"), "model_type": model.get("model_type")}
 
 
 def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eos: tuple | list = (),
@@ -93,8 +155,7 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
     """A tokenizer from its core, its named tokens and what the settings say; bos, eos and pad are what the file itself
     says where there are no settings."""
     def is_special(t: dict) -> bool:
-        # <|im_start|> steers the model, even where a file lists it as an ordinary word.
-        return bool(t.get("special")) or bool(re.fullmatch(r"<\|.+\|>", t["content"]))
+        return bool(t.get("special")) or bool(STEERING.fullmatch(t["content"]))
 
     specials, words = ({t["content"]: t["id"] for t in added if is_special(t) == kind} for kind in (True, False))
     shapes = {}
@@ -110,12 +171,17 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
         stops += [specials[t] for t in TURN_ENDS if t in specials and (t in template or t == "<|end_of_text|>")]
     for t in specials:                                    # what steers the model can only be asked for by name
         core.vocab.pop(t, None)
-    return Tokenizer(core, specials, words=words, shapes=shapes, bos_id=known.get(names.get("bos"), bos),
-                     eos_ids=stops, pad_id=known.get(names.get("pad"), pad), chat_template=template, **more)
+    second = {t["content"] for t in added if t.get("normalized") and not is_special(t)}
+    tokenizer = Tokenizer(core, specials, words=words, shapes=shapes, second=second,
+                          bos_id=known.get(names.get("bos"), bos), eos_ids=stops,
+                          pad_id=known.get(names.get("pad"), pad), chat_template=template, **more)
+    tokenizer.origin = settings["name"]
+    return tokenizer
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe")
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "encoder.json",
+                   "vocab.bpe")
 
 
 def collect(path: Path) -> dict[str, bytes]:
@@ -124,15 +190,15 @@ def collect(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in [*there, path] if file.exists()}
 
 
-def from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
-    settings = read_settings(path.parent)
-    try:
-        core = SentencePiece(data)
-    except RuntimeError as error:
-        raise UserError(f"{path} is no SentencePiece model and no list of tiktoken ranks: {error}") from None
-    sp = core.sp
+def from_sentencepiece(path: Path, core: SentencePiece) -> Tokenizer:
+    settings, sp = read_settings(path.parent), core.sp
     controls = [{"content": sp.id_to_piece(i), "id": i, "special": True} for i in range(sp.vocab_size())
                 if sp.is_control(i)]
+    if settings["extra_ids"]:                             # T5's <extra_id_0> is the last one
+        n, known = settings["extra_ids"], {t["content"] for t in settings["added"]} | core.vocab.keys()
+        extra = [f"<extra_id_{n - 1 - i}>" for i in range(n)]
+        controls += [{"content": t, "id": sp.vocab_size() + i, "special": True} for i, t in enumerate(extra)
+                     if t not in known]
     added = controls + [t for t in settings["added"] if t["id"] >= sp.vocab_size() or t.get("special")]
     bos, eos, pad, unk = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.pad_id(), sp.unk_id()))
     return build(core, added, settings, bos=bos, eos=[] if eos is None else [eos], pad=unk if pad is None else pad,
@@ -162,30 +228,49 @@ def is_ranks(data: bytes) -> bool:
 
 def from_ranks(path: Path, data: bytes) -> Tokenizer:
     """tiktoken's format. The rank of a merge is the id of its result; special tokens follow the last rank."""
-    pairs = (line.split() for line in data.splitlines() if line)
-    vocab = {"".join(BYTE_TO_CHAR[b] for b in base64.b64decode(token)): int(rank) for token, rank in pairs}
-    n, settings, qwen = len(vocab), read_settings(path.parent), path.suffix == ".tiktoken"
-    if qwen:
+    try:
+        pairs = [line.split() for line in data.splitlines() if line]
+        vocab = {"".join(BYTE_TO_CHAR[b] for b in base64.b64decode(token)): int(rank) for token, rank in pairs}
+    except ValueError as error:
+        raise UserError(f"{path}: a line that is not \"base64 rank\": {error}") from None
+    n, settings = max(vocab.values()) + 1, read_settings(path.parent)
+    kind = "qwen" if path.suffix == ".tiktoken" else "llama3"
+    if n == 151329 or settings["class"] == "ChatGLM4Tokenizer" or settings["model_type"] == "chatglm":
+        kind = "glm4"
+    elif kind == "qwen" and "qwen" not in path.name:
+        raise UserError(f"{path}: these ranks do not tell how words are split; only Qwen's are known: qwen.tiktoken")
+    names, bos, eos, pad = rank_specials(kind, n)
+    core = ByteBPE(vocab, lambda a, b: vocab.get(a + b), [QWEN2 if kind == "qwen" else LLAMA3], nfc=kind == "qwen",
+                   ignore_merges=True)
+    known = {t["content"] for t in settings["added"]}
+    added = [{"content": t, "id": n + i, "special": True} for i, t in enumerate(names) if t not in known]
+    settings["template"] = settings["template"] or {"qwen": "chatml"}.get(kind, kind)
+    return build(core, added + [t for t in settings["added"] if t["id"] >= n], settings, bos=bos, eos=eos, pad=pad,
+                 add_bos=False if kind == "glm4" else None,
+                 files=lambda t: json_files(t, ranked_merges(vocab)) | collect(path))
+
+
+def rank_specials(kind: str, n: int) -> tuple[list[str], int | None, list[int], int]:
+    """Names of special tokens from id n on, bos, eos, pad."""
+    if kind == "qwen":
         names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [f"<|extra_{i}|>" for i in range(205)]
-        bos, eos, pad = None, [n + 2, n], n
-    else:                                                 # Llama 3
-        reserved = "<|reserved_special_token_{}|>".format
-        names = ["<|begin_of_text|>", "<|end_of_text|>", reserved(0), reserved(1), "<|finetune_right_pad_id|>",
-                 reserved(2), "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-        names += [reserved(i) for i in range(3, 3 + 256 - len(names))]
-        bos, eos, pad = n, [n + 1, n + 9, n + 8], n + 4
-    core = ByteBPE(vocab, lambda a, b: vocab.get(a + b), [QWEN2 if qwen else LLAMA3], nfc=qwen, ignore_merges=True)
+        return names, None, [n + 2, n], n
+    if kind == "glm4":
+        from data.tokenizer_glm import GLM4_SPECIALS
+        return GLM4_SPECIALS, None, [n, n + 7, n + 9], n
+    reserved = "<|reserved_special_token_{}|>".format
+    names = ["<|begin_of_text|>", "<|end_of_text|>", reserved(0), reserved(1), "<|finetune_right_pad_id|>",
+             reserved(2), "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+    names += [reserved(i) for i in range(3, 3 + 256 - len(names))]
+    return names, n, [n + 1, n + 9, n + 8], n + 4
 
-    def merges() -> list[list[str]]:
-        """A token is made of the two parts that are left when merging stops in front of it."""
-        def parts(token: str, own: int) -> list[str]:
-            return merge_pairs(list(token), lambda a, b: r if (r := vocab.get(a + b, own)) < own else None)
-        made = (parts(t, i) for t, i in sorted(vocab.items(), key=lambda item: item[1]))
-        return [p for p in made if len(p) == 2]           # single bytes are not made
 
-    settings["template"] = settings["template"] or ("chatml" if qwen else "llama3")
-    return build(core, [{"content": t, "id": n + i, "special": True} for i, t in enumerate(names)], settings, bos=bos,
-                 eos=eos, pad=pad, files=lambda t: json_files(t, merges()) | collect(path))
+def ranked_merges(vocab: dict[str, int]) -> list[list[str]]:
+    """A token is made of the two parts that are left when merging stops in front of it."""
+    def parts(token: str, own: int) -> list[str]:
+        return merge_pairs(list(token), lambda a, b: r if (r := vocab.get(a + b, own)) < own else None)
+    made = (parts(t, i) for t, i in sorted(vocab.items(), key=lambda item: item[1]))
+    return [p for p in made if len(p) == 2]               # single bytes are not made
 
 
 def from_gpt2_files(path: Path) -> Tokenizer:
@@ -197,6 +282,11 @@ def from_gpt2_files(path: Path) -> Tokenizer:
     lines = merges_file.read_text(encoding="utf-8").split("\n")
     lines = [line for line in lines if line and not line.startswith("#version")]
     ranks = {tuple(line.split(" ")): i for i, line in enumerate(lines)}
+    if settings["model_type"] == "openai-gpt" or settings["class"] in ("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast"):
+        from data.tokenizer_json import openai_gpt
+        added = [{"content": "<unk>", "id": vocab["<unk>"], "special": True}] if "<unk>" in vocab else []
+        return build(openai_gpt(vocab, lambda a, b: ranks.get((a, b))), added + settings["added"], settings,
+                     add_bos=False, files=collect(path))
     names = ["<|endoftext|>", *settings["names"].values()]
     added = [{"content": t, "id": vocab[t], "special": True} for t in names if t in vocab] + settings["added"]
     return build(ByteBPE(vocab, lambda a, b: ranks.get((a, b)), [GPT2]), added, settings,
@@ -243,135 +333,8 @@ def scored(tokens: list[str], scores: list[float], types: list[int], unk_id: int
 
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLOCK}
 PREPEND = {"type": "Prepend", "prepend": BLOCK}
-NO_SETTINGS = {"names": {}, "eos": [], "template": None, "added": [], "add_bos": None}
-
-
-# ---------------------------------------------------------------- tokenizer.json
-
-def from_tokenizer_json(path: Path) -> Tokenizer:
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        model = spec["model"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is no tokenizer.json: {error}") from None
-    if model.get("type", "BPE") != "BPE":
-        if (other := path.with_name("tokenizer.model")).exists():
-            return from_file(other)
-        raise UserError(f"{path}: a tokenizer of type {model['type']!r}; only BPE is read from tokenizer.json. If a "
-                        "SentencePiece .model file belongs to it, put it beside it as tokenizer.model")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UserError(f"{path}: continuing_subword_prefix and end_of_word_suffix are not supported")
-    settings, added = read_settings(path.parent), spec.get("added_tokens") or []
-    if model.get("byte_fallback"):                        # some files list the byte tokens as special: they are text
-        added = [t for t in added if not BYTE_TOKEN.fullmatch(t["content"])]
-    core, space_after = json_core(spec, path)
-    post = flatten(spec.get("post_processor"), "processors")
-    front = next((s["single"][0].get("SpecialToken", {}).get("id") for s in post if s["type"] == "TemplateProcessing"),
-                 None)
-    bos = settings["names"].setdefault("bos", front)
-    if settings["add_bos"] is None:                       # then the post-processor tells whether BOS goes in front
-        settings["add_bos"] = front is not None and front == bos
-    known = core.vocab | {t["content"]: t["id"] for t in added}
-    usual = [known[t] for t in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>") if t in known]
-    return build(core, added, settings, eos=usual[:1], pad=known.get(settings["names"].get("unk")),
-                 add_bos=settings["add_bos"], files=collect(path), space_after=space_after)
-
-
-def flatten(step: dict | None, key: str) -> list[dict]:
-    """A normalizer or pre_tokenizer as a list of steps."""
-    if step is None:
-        return []
-    return [s for inner in step[key] for s in flatten(inner, key)] if step["type"] == "Sequence" else [step]
-
-
-def json_core(spec: dict, path: Path) -> tuple[ByteBPE | CharBPE, bool]:
-    """What does the work, and whether a named token is followed by a new start. Ids must be exact: the first step that
-    is not known is an error that names it."""
-    model, vocab = spec["model"], spec["model"]["vocab"]
-    ranks = {tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m): i for i, m in enumerate(model["merges"])}
-    steps, normal = flatten(spec.get("pre_tokenizer"), "pretokenizers"), flatten(spec.get("normalizer"), "normalizers")
-    by_bytes = any(s["type"] == "ByteLevel" for s in [*steps, *flatten(spec.get("decoder"), "decoders")])
-    for s in normal:
-        if s not in ([{"type": "NFC"}] if by_bytes else [REPLACE, PREPEND]):
-            raise UserError(f"{path}: normalizer {s} is not supported")
-
-    def rank(a: str, b: str) -> int | None:
-        return ranks.get((a, b))
-
-    if by_bytes:
-        level = next((s for s in steps if s["type"] == "ByteLevel"), {})
-        space = level.get("add_prefix_space", False)
-        return ByteBPE(vocab, rank, json_splits(steps, path), bool(normal), model.get("ignore_merges", False),
-                       space), space
-    meta = next((s for s in steps if s["type"] == "Metaspace"), None)
-    for s in steps:                                       # Gemma splits at spaces when there are none any more
-        if s is not meta and not (s["type"] == "Split" and s["pattern"] == {"String": " "} and REPLACE in normal):
-            raise UserError(f"{path}: pre_tokenizer {s['type']} is not supported without ByteLevel; known: Metaspace")
-    if meta is None and REPLACE not in normal:
-        raise UserError(f"{path}: no ByteLevel, no Metaspace and no Replace of spaces: an unknown kind of tokenizer")
-    scheme = "always" if PREPEND in normal else "never"
-    if meta is not None:
-        scheme = meta.get("prepend_scheme") or ("always" if meta.get("add_prefix_space", True) else "never")
-    return CharBPE(vocab, rank, vocab.get(model.get("unk_token")), scheme != "never", model.get("byte_fallback", False),
-                   model.get("fuse_unk", False), double=meta is None,
-                   by_word=meta is not None and meta.get("split", True)), scheme == "always"
-
-
-def json_splits(steps: list[dict], path: Path) -> list[str]:
-    """The pre_tokenizer of byte-level BPE as regexes."""
-    splits: list[str] = []
-    for s in steps:
-        behavior = (s.get("behavior", "Isolated"), s.get("invert", False))
-        if s["type"] == "Split":                          # "keep the matches" is the same where all is matched
-            if behavior[0] != "Isolated" and behavior != ("Removed", True):
-                raise UserError(f"{path}: pre_tokenizer Split with behavior {behavior[0]} is not supported")
-            splits.append(s["pattern"].get("Regex") or regex.escape(s["pattern"]["String"]))
-        elif s["type"] == "Digits":
-            splits.append(r"\p{N}" if s.get("individual_digits") else r"\p{N}+")
-        elif s["type"] == "Punctuation" and behavior[0] in ("Isolated", "Contiguous"):
-            splits.append(r"[\p{P}$+<=>^`|~]" + ("+" if behavior[0] == "Contiguous" else ""))
-        elif s["type"] == "ByteLevel":
-            splits += [GPT2, BYTES] if s.get("use_regex", True) else [BYTES]
-        else:
-            raise UserError(f"{path}: pre_tokenizer {s['type']} {s.get('behavior', '')} is not supported; known: "
-                            "Split, Digits, Punctuation, ByteLevel, Metaspace")
-    return splits
-
-
-# ---------------------------------------------------------------- GGUF
-
-def from_gguf(path: Path) -> Tokenizer | None:
-    """`tokenizer.ggml.model` gpt2: byte-level BPE with merges, llama: scored BPE."""
-    from checkpoints.gguf import read_header  # not at the top: checkpoints imports us
-    meta = {k.removeprefix("tokenizer.ggml."): v for k, v in read_header(path)[0].items()}
-    kind, pre = meta.get("model"), meta.get("pre", "default")
-    if kind is None:
-        return None
-    tokens, types = list(meta["tokens"]), [int(t) for t in meta.get("token_type", [])]
-    bos, eos, eot, pad, unk = (None if (i := meta.get(f"{name}_token_id")) is None else int(i)
-                               for name in ("bos", "eos", "eot", "padding", "unknown"))
-    if kind == "gpt2":
-        if pre not in GGUF_SPLITS:
-            raise UserError(f"{path}: the word splitter tokenizer.ggml.pre = {pre!r} is unknown; known: "
-                            f"{', '.join(sorted(GGUF_SPLITS))}")
-        merge_list = [tuple(m.split(" ", 1)) for m in meta["merges"]]
-        ranks = {m: i for i, m in enumerate(merge_list)}
-        llama3 = pre in ("llama-bpe", "llama3", "llama-v3")
-        core = ByteBPE({t: i for i, t in enumerate(tokens)}, lambda a, b: ranks.get((a, b)), GGUF_SPLITS[pre],
-                       nfc=pre in ("qwen2", "deepseek-r1-qwen"), ignore_merges=llama3)
-        add_bos, merges = llama3, lambda: merge_list
-    elif kind == "llama":
-        prefix, add_bos = bool(meta.get("add_space_prefix", True)), True
-        core, merges, _ = scored(tokens, [float(s) for s in meta["scores"]], types, unk or 0, prefix)
-    else:
-        raise UserError(f"{path}: a tokenizer of kind {kind!r} is not supported; known: gpt2, llama")
-    # Types: 3 steers the model, 4 counts wherever it stands; [PAD7] fills the table up and is nobody's name.
-    added = [{"content": t, "id": i, "special": types[i] == 3} for i, t in enumerate(tokens[:len(types)])
-             if types[i] in (3, 4) and t and not re.fullmatch(r"\[PAD\d+\]", t)]
-    return build(core, added, {**NO_SETTINGS, "template": meta.get("tokenizer.chat_template")}, bos=bos,
-                 eos=[i for i in (eos, eot) if i is not None], pad=unk if pad is None else pad, vocab_size=len(tokens),
-                 add_bos=bool(meta.get("add_bos_token", add_bos)), space_after=kind == "llama",
-                 files=lambda t: json_files(t, merges()))
+NO_SETTINGS = {"names": {}, "eos": [], "template": None, "added": [], "add_bos": None, "extra_ids": 0,
+               "name": "", "class": None, "model_type": None}
 
 
 # ---------------------------------------------------------------- what other tools read
@@ -387,7 +350,7 @@ def json_files(tokenizer: Tokenizer, merges: list, core: ByteBPE | CharBPE | Non
              "vocab": vocab, "merges": [list(m) for m in merges]}
     if isinstance(core, ByteBPE):
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        splits = [{"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": "Isolated", "invert": False}
+        splits = [{"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": s.behavior, "invert": s.invert}
                   for s in core.splits]
         pre, normalizer = {"type": "Sequence", "pretokenizers": [*splits, level]}, {"type": "NFC"} if core.nfc else None
         model["ignore_merges"], decoder = core.ignore_merges, level

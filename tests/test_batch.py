@@ -70,6 +70,29 @@ def test_plain_text_is_supervised_whole(tokenizer):
     assert tokenizer.decode(samples[0]["ids"]) == "abc<|im_end|>" and all(samples[0]["mask"])
 
 
+def test_last_answers_as_in_its_docstring_and_texts_without_a_prompt(tokenizer, capsys):
+    samples = batch.Samples([{"ids": list(range(9)), "mask": [0, 0, 1, 1, 0, 0, 1, 1, 0]}, {"ids": [5, 6], "mask": [0, 1]}])
+    kept = batch.last_answers(samples)
+    assert [s["mask"] for s in kept] == [[0, 0, 0, 0, 0, 0, 1, 1], [0, 1]] and kept[0]["ids"] == list(range(8))
+    assert kept.counts == {"earlier answers read as prompt": 1}
+    two = batch.last_answers(batch.encode_sft([talk("hi", "ho", "he", "ha")], tokenizer, 200))[0]
+    assert supervised(tokenizer, two) == "ha<|im_end|>" and "ho<|im_end|>" in tokenizer.decode(two["ids"])
+    with pytest.raises(UserError, match="f:7: a text without a prompt"):
+        batch.last_answers(batch.encode_sft([{"text": "hello", "where": "f:7"}], tokenizer, 200))
+
+
+def test_split_as_in_its_docstring():
+    ids, mask = torch.tensor([[5, 6, 7, 8], [5, 8, 9, 0]]), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
+    prompt, seen, answer, real = batch.split(ids, mask)
+    assert (prompt * seen).tolist() == [[5, 6], [5, 0]] and seen.tolist() == [[1, 1], [1, 0]]
+    assert answer.tolist() == [[7, 8], [8, 9]] and real.tolist() == [[True, True], [True, True]]
+    prompt, seen, answer, real = batch.split(torch.tensor([[5, 6, 7, 8], [5, 8, 0, 0]]), torch.tensor(
+        [[0, 0, 1, 1], [0, 1, 0, 0]]))
+    assert real.tolist() == [[True, True], [True, False]] and (answer * real).tolist() == [[7, 8], [8, 0]]
+    with pytest.raises(AssertionError, match="without a prompt"):
+        batch.split(ids, torch.ones_like(mask))
+
+
 def test_preferences_end_with_the_end_token_and_share_the_prompt(tokenizer):
     row = {"prompt": [{"role": "user", "content": "Hi"}], "answers": ["good", "so so", "bad"], "where": "f:1"}
     group = batch.encode_preferences([row], tokenizer, 100)[0]

@@ -127,13 +127,6 @@ def test_other_families(family, tmp_path):
     assert (model.config.qkv_bias, model.config.out_bias) == (family == "Qwen2", False)
 
 
-@pytest.mark.parametrize("family, keys", [("mistral", {"sliding_window": 16}), ("qwen2", {"use_sliding_window": True})])
-def test_sliding_windows_are_refused_not_ignored(family, keys, saved):
-    edit(saved[0] / "config.json", model_type=family, **keys)
-    with pytest.raises(UserError, match="window"):
-        checkpoints.load(saved[0])
-
-
 def test_shards(saved, tmp_path):
     _, theirs = saved
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
@@ -401,7 +394,7 @@ def test_adapters_that_do_not_fit_are_refused(trouble, saved, tmp_path):
     file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     tensors = load_file(file)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    words = {"kind": "type IA3", "dora": "type DoRA", "no file": "no adapter_model", "nothing": "holds no tensors",
+    words = {"kind": "type IA3", "dora": r"q_proj\.weight has no magnitude vector, but use_dora .* is True", "no file": "no adapter_model", "nothing": "holds no tensors",
              "half": r"layers\.0\.self_attn\.q_proj\.weight has only lora_B", "other size": r"A is \(4, 50\)",
              "other base": r"layers\.7\.self_attn\.q_proj\.weight has no place in the base"}
     if trouble == "kind":
@@ -862,12 +855,11 @@ def test_names_have_their_published_size(name, monkeypatch, tmp_path):
 def test_every_name_builds_a_model():
     from checkpoints.__main__ import parameters
     for name, (repo, changes) in checkpoints.names().items():
-        config = ModelConfig(**changes)
+        config = checkpoints.read_config(name)
         assert name == name.lower() and repo.count("/") == 1
-        assert config.hidden_size % config.num_heads == 0 or "head_dim" in changes, name
-        assert parameters(config) == count(config), name
-    makers = {name.split("-", 1)[0] for name in checkpoints.names()}
-    assert makers == {"smollm2", "tinyllama", "llama", "mistral", "qwen2.5", "yi"}
+        assert "head_dim" in changes or not hasattr(config, "num_heads") or config.hidden_size % config.num_heads == 0
+        if name in COUNTS:
+            assert parameters(config) == count(config), name
 
 
 def test_names_are_found_in_models_and_in_the_folder_of_the_environment(saved, tmp_path, monkeypatch):
@@ -954,7 +946,7 @@ def test_command_convert_and_show(saved, tmp_path):
     model = peft_model(theirs, target_modules=["q_proj"])
     model.save_pretrained(tmp_path / "adapter")
     done = run("convert", folder, "--lora", tmp_path / "adapter", "--dtype", "fp32", tmp_path / "out")
-    assert done.returncode == 0 and "parameters in fp32; the base has no tokenizer" in done.stdout, done
+    assert done.returncode == 0 and "(21 F32); the base has no tokenizer" in done.stdout, done
     check(tmp_path / "out", model)
     again = run("convert", folder, tmp_path / "out")
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "is not empty" in again.stderr, again
@@ -968,14 +960,15 @@ def test_command_convert_and_show(saved, tmp_path):
 def test_command_names(tmp_path):
     done = run("names", cwd=tmp_path)
     assert done.returncode == 0, done
-    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line and line[0] != "#"}
     assert lines.keys() == checkpoints.names().keys()
     assert "6.7B" in lines["llama-7b"] and "huggyllama/llama-7b" in lines["llama-7b"]
 
 
 # ---------------------------------------------------------------- samples made elsewhere
 
-@pytest.mark.parametrize("family", ["llama", "gguf", "meta", "llama2c", "lora", "delta"])
+@pytest.mark.parametrize("family", ["llama", "gguf", "meta", "llama2c", "lora", "delta", "baichuan", "internlm",
+                                    "chatglm", "chatglm6b", "glm10b", "pangu"])
 def test_parity_samples(family):
     cases = sorted((PARITY / family).glob("*/ref.pt"))
     if not cases:
@@ -991,8 +984,9 @@ def test_parity_samples(family):
             model, _ = checkpoints.load(at)
         with torch.no_grad():
             assert_close(model(expected["input_ids"]), expected["logits"], 2e-4, ref)
-            ids, mask = expected["padded_input_ids"], expected["padded_attention_mask"]
-            assert_close(model(ids, mask)[mask > 0], expected["padded_logits"][mask > 0], 2e-4, ref)
+            if "padded_logits" in expected:                                    # GLM-6B and 10B, PanGu: none was made
+                ids, mask = expected["padded_input_ids"], expected["padded_attention_mask"]
+                assert_close(model(ids, mask)[mask > 0], expected["padded_logits"][mask > 0], 2e-4, ref)
         prompt = expected["prompt_ids"]
         new = model.generate(prompt, expected["generated"].shape[1], temperature=0.0)
         assert torch.equal(new, expected["generated"]), ref

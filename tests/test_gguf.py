@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import checkpoints
+from checkpoints.convert import convert
 from checkpoints.gguf import KINDS, read_header, read_tensor
 from common import UserError
 
@@ -54,7 +55,8 @@ def random_blocks(rng, kind: int, n: int) -> np.ndarray:
 
 
 # where the fp16 scales of a block begin (gguf-py's ggml-common structs)
-SCALES = {2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208]}
+SCALES = {2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208],
+          20: [0], 23: [0]}
 
 
 def writer_for(path, config, arch: str = "llama"):
@@ -118,6 +120,7 @@ def test_every_block_type_equals_gguf_py(kind, tmp_path):
     rng = np.random.default_rng(kind)
     weights, size, unpack = KINDS[kind]
     assert (weights, size) == gguf.GGML_QUANT_SIZES[Q(kind)]
+    assert unpack.__name__.upper() == Q(kind).name
     if kind in SCALES:
         blocks = random_blocks(rng, kind, 300)
     else:
@@ -143,7 +146,7 @@ def test_llama_files_equal_transformers(kind, tied, tmp_path):
     assert checkpoints.read_config(tmp_path / "m.gguf") == config
 
 
-@pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K], ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS], ids=lambda k: k.name)
 def test_k_quants_equal_transformers(kind, tmp_path):
     config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=64, num_layers=1)
     theirs, _ = twins(config)
@@ -238,6 +241,344 @@ def test_unknown_rope_scaling_is_named(tmp_path):
     write(tmp_path / "m.gguf", theirs, config, extra=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE))
     with pytest.raises(UserError, match=r"m\.gguf: llama\.rope\.scaling\.type is 'longrope'; known: none, linear, ya"):
         checkpoints.load(tmp_path / "m.gguf")
+
+
+# ---------------------------------------------------------------- every other architecture
+
+def of_heads(t: np.ndarray, heads: int) -> np.ndarray:
+    """q k v of head 0, q k v of head 1, ... -> all q, all k, all v (NeoX, BLOOM)."""
+    return np.concatenate([t.reshape(heads, 3, -1, *t.shape[1:])[:, i].reshape(-1, *t.shape[1:]) for i in range(3)])
+
+
+def of_groups(t: np.ndarray, heads: int, groups: int) -> np.ndarray:
+    """Falcon: for each key head its queries, itself, its value -> all q, all k, all v."""
+    parts = t.reshape(groups, heads // groups + 2, -1, *t.shape[1:])
+    return np.concatenate([parts[:, s].reshape(-1, *t.shape[1:]) for s in (slice(0, -2), [-2], [-1])])
+
+
+def key_heads(c, heads: int) -> int:
+    """A Falcon 7B has one, whatever its num_kv_heads says."""
+    if getattr(c, "multi_query", False) and not getattr(c, "new_decoder_architecture", False):
+        return 1
+    return getattr(c, "num_kv_heads", None) or getattr(c, "num_key_value_heads", heads)
+
+
+def convert_tensors(theirs, arch: str):
+    """(name, array) as llama.cpp's convert_hf_to_gguf.py writes them, under the names of gguf-py's own table."""
+    c = theirs.config
+    heads = getattr(c, "num_attention_heads", None) or getattr(c, "n_head", None) or c.n_heads
+    groups = key_heads(c, heads)
+    layers = getattr(c, "num_hidden_layers", None) or getattr(c, "n_layer", None) or c.n_layers
+    number = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)
+    table = gguf.get_tensor_name_map(number, layers)
+    stacks: dict[str, list] = {}
+    for name, p in theirs.named_parameters():
+        a = p.detach().numpy()
+        if arch in ("llama", "granite", "smollm3", "olmo") and ".q_proj." in name:
+            a = permute(a, heads)
+        if arch in ("llama", "granite", "smollm3", "olmo") and ".k_proj." in name:
+            a = permute(a, groups)
+        if arch in ("gptneox", "bloom") and "query_key_value" in name:
+            a = of_heads(a, heads)
+        if arch == "falcon" and "query_key_value" in name:
+            a = of_groups(a, heads, groups)
+        if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            a = a.T
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            a = a + np.float32(1)
+        if "layernorm.norms." in name:                        # StableLM-2 12B: one norm per head, stacked
+            name, _, index = name.removesuffix(".weight").rpartition(".norms.")
+            stacks.setdefault(name + ".weight", []).append(a)
+            if len(stacks[name + ".weight"]) < (heads if "q_layernorm" in name else groups):
+                continue
+            name, a = name + ".weight", np.stack(stacks[name + ".weight"])
+        name = name.removeprefix("transformer.") if arch == "bloom" else name
+        new = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert new, f"gguf-py has no name for {name}"
+        yield new, np.ascontiguousarray(a)
+
+
+def header(w, c, arch: str) -> None:
+    """What the converter writes of a config, as far as the numbers here differ from what a reader would guess."""
+    def first(*names, default=None):
+        return next((v for n in names if (v := getattr(c, n, None)) is not None), default)
+
+    heads, width = first("num_attention_heads", "n_head", "n_heads"), first("hidden_size", "n_embd", "d_model")
+    rope = getattr(c, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    w.add_context_length(first("max_position_embeddings", "n_positions", "max_seq_len", default=64))
+    w.add_embedding_length(width)
+    w.add_block_count(first("num_hidden_layers", "n_layer", "n_layers"))
+    w.add_feed_forward_length(first("intermediate_size", "ffn_hidden_size", default=4 * width))
+    w.add_head_count(heads)
+    w.add_head_count_kv(1 if arch == "starcoder" else key_heads(c, heads))
+    if (eps := first("rms_norm_eps", default=1e-5 if arch == "chatglm" else None)) is not None:
+        w.add_layer_norm_rms_eps(eps)
+    if (eps := first("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", default=1e-5)) is not None:
+        w.add_layer_norm_eps(eps)
+    if "rope_theta" in rope and arch not in ("gemma", "gemma2", "gptneox", "falcon", "stablelm", "phi2"):
+        w.add_rope_freq_base(rope["rope_theta"])
+    if (dim := first("head_dim")) and arch not in ("chatglm", "granite"):
+        w.add_key_length(dim)
+        w.add_value_length(dim)
+    if arch in ("gptneox", "stablelm", "phi2", "glm4", "chatglm", "phi3"):
+        w.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * (width // heads)))
+    if arch in ("gptneox", "stablelm"):
+        w.add_parallel_residual(c.use_parallel_residual)
+    if arch in ("gemma2", "gemma3", "phi3"):
+        w.add_sliding_window(c.sliding_window or 0)
+    if arch == "gemma2":
+        w.add_attn_logit_softcapping(c.attn_logit_softcapping)
+        w.add_final_logit_softcapping(c.final_logit_softcapping)
+    if arch == "granite":
+        w.add_attention_scale(c.attention_multiplier)
+        w.add_embedding_scale(c.embedding_multiplier)
+        w.add_residual_scale(c.residual_multiplier)
+        w.add_logit_scale(c.logits_scaling)
+    if arch == "falcon":
+        w.add_tensor_data_layout("jploski")
+    if clip := getattr(getattr(c, "attn_config", c), "clip_qkv", None):
+        w.add_clamp_kqv(clip)
+    if arch == "mpt":
+        w.add_max_alibi_bias(c.attn_config.alibi_bias_max)
+    if arch == "phi3":
+        w.add_rope_scaling_orig_ctx_len(first("original_max_position_embeddings", default=c.max_position_embeddings))
+        for length in ("long", "short") if "long_factor" in rope else ():
+            w.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], dtype=np.float32))
+
+
+BASE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0}
+SMALL = {k: v for k, v in BASE.items() if k not in ("intermediate_size", "num_key_value_heads")}
+OLD = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+       "eos_token_id": 2}
+
+
+def turning(theta: float, share: float | None = None, **more) -> dict:
+    partly = {} if share is None else {"partial_rotary_factor": share}
+    return {"rope_parameters": {"rope_theta": theta, "rope_type": "default", **partly, **more}}
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1 + i / 8 for i in range(8)],
+        "long_factor": [2 + i / 2 for i in range(8)], "original_max_position_embeddings": 16}
+# test: (arch, transformers' class, config)
+OTHERS = {
+    "granite": ("granite", "Granite", BASE | turning(5e4) | {"attention_multiplier": 0.3, "embedding_multiplier": 2.0,
+                                                            "residual_multiplier": 0.7, "logits_scaling": 3.0}),
+    "smollm3": ("smollm3", "SmolLM3", BASE | turning(5e4) | {"num_hidden_layers": 5}),
+    "llama bias": ("llama", "Llama", BASE | turning(5e4) | {"attention_bias": True}),
+    "qwen3": ("qwen3", "Qwen3", BASE | turning(5e4) | {"head_dim": 24}),
+    "gemma": ("gemma", "Gemma", BASE | {"head_dim": 24}),
+    "gemma2": ("gemma2", "Gemma2", BASE | {"head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 24,
+                                           "num_hidden_layers": 3}),
+    "gemma2 27b": ("gemma2", "Gemma2", BASE | {"head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 16,
+                                               "num_hidden_layers": 46}),
+    "gemma3": ("gemma3", "Gemma3Text", BASE | {"head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 24,
+                                               "num_hidden_layers": 7}),
+    "phi3": ("phi3", "Phi3", BASE | turning(5e4) | {"sliding_window": 16, "original_max_position_embeddings": 64}),
+    "phi3 long": ("phi3", "Phi3", BASE | turning(1e4, **LONG) | {"original_max_position_embeddings": 16,
+                                                                "sliding_window": None}),
+    "olmo": ("olmo", "Olmo", BASE | turning(5e4) | {"clip_qkv": 1.5}),
+    "olmo2": ("olmo2", "Olmo2", BASE | turning(5e4)),
+    "glm4": ("glm4", "Glm4", BASE | turning(5e4, 0.5) | {"head_dim": 16, "attention_bias": True}),
+    "chatglm": ("chatglm", "Glm", BASE | turning(5e4, 0.5) | {"head_dim": 16, "attention_bias": True}),
+    "stablelm": ("stablelm", "StableLm", BASE | turning(1e4, 0.5) | {"use_qkv_bias": True}),
+    "stablelm 12b": ("stablelm", "StableLm", BASE | turning(1e4, 0.25) | {"use_parallel_residual": True,
+                                                                         "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", "Starcoder2", BASE | turning(5e4) | {"sliding_window": None}),
+    "phi2": ("phi2", "Phi", BASE | turning(1e4, 0.5) | {"num_key_value_heads": 4}),
+    "gpt2": ("gpt2", "GPT2", OLD), "gpt2 inner": ("gpt2", "GPT2", OLD | {"n_inner": 80}),
+    "starcoder": ("starcoder", "GPTBigCode", OLD),
+    "bigcode": ("starcoder", "GPTBigCode", OLD | {"multi_query": False}),
+    "gptneox": ("gptneox", "GPTNeoX", SMALL | {"rotary_pct": 0.25, "intermediate_size": 96}),
+    "redpajama": ("gptneox", "GPTNeoX", SMALL | {"rotary_pct": 1.0, "use_parallel_residual": False}),
+    "bloom": ("bloom", "Bloom", {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "falcon 7b": ("falcon", "Falcon", SMALL | {"bias": False}),
+    "falcon 40b": ("falcon", "Falcon", SMALL | {"num_kv_heads": 2, "bias": False, "new_decoder_architecture": True}),
+    "falcon 11b": ("falcon", "Falcon", SMALL | {"num_kv_heads": 2, "bias": False, "new_decoder_architecture": True,
+                                                "num_ln_in_parallel_attn": 1}),
+    "mpt": ("mpt", "Mpt", {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
+                           "attn_config": {"clip_qkv": 2.0, "alibi": True, "alibi_bias_max": 8}})}
+
+
+def write_other(path, name: str, kind: Q = Q.F32, keep=lambda n: True):
+    """-> transformers' model that has what the file says (block formats are rounded into it)."""
+    import transformers
+    arch, cls, config = OTHERS[name]
+    made = getattr(transformers, cls + "Config")(**config)
+    theirs = randomize(transformers.AutoModelForCausalLM.from_config(made)).eval()
+    w = gguf.GGUFWriter(str(path), arch)
+    header(w, theirs.config, arch)
+    for new, a in convert_tensors(theirs, arch):
+        if keep(new):
+            used = kind if a.ndim == 2 and "norm" not in new else Q.F32
+            w.add_tensor(new, a if used == Q.F32 else gguf.quants.quantize(a, used), raw_dtype=used)
+    finish(w)
+    return theirs
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_equal_transformers(name, tmp_path):
+    """Through convert, read by transformers: to the last bit. Through load: our model."""
+    from test_convert import reload
+    theirs = write_other(tmp_path / "m.gguf", name)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    ids = random_ids(2, 40, high=96)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert torch.equal(reload(tmp_path / "out", theirs.config._attn_implementation)(ids).logits, expected)
+        if OTHERS[name][0] in ("granite",):                   # a family without a model of ours
+            return
+        model, _ = checkpoints.load(tmp_path / "m.gguf")
+        # 46 random layers amplify rounding; a scale of 1 / sqrt(24) instead of 1 / sqrt(16) would change everything.
+        assert_close(model(ids), expected, 1e-2 if name == "gemma2 27b" else 2e-5, name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon 40b", "gemma2", "phi3 long", "stablelm 12b"])
+def test_blocks_of_other_architectures(name, tmp_path):
+    """Q8_0: dequantised first, taken back second. Every matrix must be as near as Q8_0 is to the original's."""
+    from safetensors.torch import load_file
+    theirs = write_other(tmp_path / "m.gguf", name, Q.Q8_0)
+    said = convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert "BF16" in said and "F32" in said                   # blocks become bf16, norms stay
+    convert(tmp_path / "m.gguf", tmp_path / "wide", dtype=torch.float32)
+    state, wide = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "wide" / "model.safetensors")
+    for key, p in theirs.named_parameters():
+        assert_close(wide[key], p, 8e-3, key)
+        assert torch.equal(state[key], wide[key].to(state[key].dtype)), key
+
+
+@pytest.mark.parametrize("name, fused", [("chatglm", "self_attn.{}_proj"), ("phi2", "self_attn.{}_proj")])
+def test_fused_qkv_of_older_files(name, fused, tmp_path):
+    """ChatGLM2's own files and Phi-2 of 2023 have one matrix; the families here have three."""
+    theirs = write_other(tmp_path / "a.gguf", name, keep=lambda n: ".attn_q." not in n and ".attn_k." not in n and
+                         ".attn_v." not in n)
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    w = gguf.GGUFWriter(str(tmp_path / "m.gguf"), OTHERS[name][0])
+    header(w, theirs.config, OTHERS[name][0])
+    state = theirs.state_dict()
+    for t in reader.tensors:
+        w.add_tensor(t.name, np.array(t.data))
+    for i in range(2):
+        for last in ("weight", "bias"):
+            parts = [state[f"model.layers.{i}." + fused.format(x) + "." + last].numpy() for x in "qkv"]
+            w.add_tensor(f"blk.{i}.attn_qkv.{last}", np.concatenate(parts))
+    finish(w)
+    ids = random_ids(2, 40, high=96)
+    model, _ = checkpoints.load(tmp_path / "m.gguf")
+    with torch.no_grad():
+        assert_close(model(ids), theirs(ids).logits)
+
+
+@pytest.mark.parametrize("arch", ["internlm2", "baichuan"])
+def test_architectures_that_are_a_llama_once_unfused(arch, tmp_path):
+    config = tiny_config(**SIZES, num_layers=3)
+    theirs, _ = twins(config)
+    write(tmp_path / "m.gguf", theirs, config, extra=lambda w: None)
+    data = (tmp_path / "m.gguf").read_bytes()
+    # The same tensors and keys under the other name: the converter splits and permutes both like a LLaMA's.
+    w = gguf.GGUFWriter(str(tmp_path / "n.gguf"), arch)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    for key, add in (("context_length", w.add_context_length), ("embedding_length", w.add_embedding_length),
+                     ("block_count", w.add_block_count), ("feed_forward_length", w.add_feed_forward_length),
+                     ("attention.head_count", w.add_head_count), ("attention.head_count_kv", w.add_head_count_kv),
+                     ("attention.key_length", w.add_key_length),
+                     ("attention.layer_norm_rms_epsilon", w.add_layer_norm_rms_eps)):
+        add(reader.fields[f"llama.{key}"].contents())
+    for t in reader.tensors:
+        w.add_tensor(t.name, np.array(t.data))
+    finish(w)
+    assert data[:4] == b"GGUF"
+    same_logits(tmp_path / "n.gguf", theirs)
+
+
+def test_baichuan_13b_is_refused(tmp_path):
+    w = writer_for(tmp_path / "m.gguf", tiny_config(num_layers=40), "baichuan")
+    w.add_tensor("token_embd.weight", np.ones((4, 48), dtype=np.float32))
+    finish(w)
+    with pytest.raises(UserError, match="only those of Baichuan 7B can be read"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+def test_a_mixture_of_experts_is_named(tmp_path):
+    w = writer_for(tmp_path / "m.gguf", tiny_config())
+    w.add_expert_count(8)
+    w.add_tensor("token_embd.weight", np.ones((4, 48), dtype=np.float32))
+    finish(w)
+    with pytest.raises(UserError, match="a mixture of 8 experts"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+def test_an_unknown_tensor_is_named(tmp_path):
+    config = tiny_config(**SIZES)
+    theirs, _ = twins(config)
+    extra = np.ones((4, 4), dtype=np.float32)
+    write(tmp_path / "m.gguf", theirs, config, extra=lambda w: w.add_tensor("blk.1.ffn_gate_exps.weight", extra))
+    with pytest.raises(UserError, match=r"tensor blk\.1\.ffn_gate_exps\.weight of m\.gguf has no place in this model"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+def test_a_shape_that_cannot_be_taken_back_is_named(tmp_path):
+    write_other(tmp_path / "a.gguf", "falcon 40b", keep=lambda n: n != "blk.1.attn_qkv.weight")
+    w = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "falcon")
+    header(w, write_other(tmp_path / "b.gguf", "falcon 40b").config, "falcon")
+    for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors:
+        w.add_tensor(t.name, np.array(t.data))
+    w.add_tensor("blk.1.attn_qkv.weight", np.ones((127, 64), dtype=np.float32))
+    finish(w)
+    with pytest.raises(UserError, match=r"m\.gguf: tensor blk\.1\.attn_qkv\.weight \(127, 64\) does not fit 4 heads"):
+        checkpoints.load(tmp_path / "m.gguf")
+
+
+# ---------------------------------------------------------------- files in parts
+
+@pytest.fixture
+def parts(tmp_path):
+    """(first of three parts, transformers' model), cut by gguf-py's own writer."""
+    config = tiny_config(**SIZES)
+    theirs, _ = twins(config)
+    w = gguf.GGUFWriter(None, "llama", split_max_tensors=8)
+    plain = writer_for(tmp_path / "unused.gguf", config)
+    w.kv_data[0].update(plain.kv_data[0])
+    for name, p in theirs.named_parameters():
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        a = p.detach().numpy()
+        w.add_tensor(gguf_name(name), np.ascontiguousarray(permute(a, heads) if heads else a))
+    w.write_header_to_file(tmp_path / "model.gguf")
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return tmp_path / "model-00001-of-00003.gguf", theirs
+
+
+def test_files_in_parts(parts, tmp_path):
+    first, theirs = parts
+    assert len(list(tmp_path.glob("model-*.gguf"))) == 3 and first.exists()
+    (tmp_path / "unused.gguf").unlink(missing_ok=True)
+    for path in (first, tmp_path / "model-00003-of-00003.gguf", tmp_path):
+        same_logits(path, theirs)
+
+
+def test_a_missing_part_is_named(parts, tmp_path):
+    first, _ = parts
+    (tmp_path / "model-00002-of-00003.gguf").unlink()
+    with pytest.raises(UserError, match=r"one of 3 parts; model-00002-of-00003\.gguf is missing \(1 missing\)"):
+        checkpoints.load(first)
+
+
+def test_a_renamed_part_is_named(parts, tmp_path):
+    first, _ = parts
+    first.rename(tmp_path / "mine.gguf")
+    with pytest.raises(UserError, match=r"is not called NAME-00001-of-00003\.gguf"):
+        checkpoints.load(tmp_path / "mine.gguf")
+
+
+def test_parts_of_two_models_are_refused(parts, tmp_path):
+    first, _ = parts
+    (tmp_path / "model-00003-of-00003.gguf").write_bytes((tmp_path / "model-00002-of-00003.gguf").read_bytes())
+    with pytest.raises(UserError, match=r"stands in .*00002-of-00003\.gguf and in model-00003-of-00003\.gguf"):
+        checkpoints.load(first)
 
 
 # ---------------------------------------------------------------- the real one
@@ -476,5 +817,5 @@ def test_missing_key_and_unknown_architecture_are_named(tmp_path):
     w = writer_for(tmp_path / "n.gguf", tiny_config(), "mamba")
     w.add_tensor("token_embd.weight", np.ones((4, 4), dtype=np.float32))
     finish(w)
-    with pytest.raises(UserError, match=r"n\.gguf: model_type 'mamba' is not a family that is known; known: llama"):
+    with pytest.raises(UserError, match=r"n\.gguf: GGUF files of architecture 'mamba' cannot be read; known: llama"):
         checkpoints.load(tmp_path / "n.gguf")

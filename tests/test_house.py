@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Reading order: a file imports only what stands before it, plus the leaves.
-ORDER = ["model", "lora", "data", "sft", "reward", "ppo"]
+ORDER = ["sampling", "model", "lora", "data", "sft", "reward", "ppo"]
 LEAVES = {"common", "memory", "checkpoints", "kernels"}
 ALLOWED = {"torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "regex", "jinja2"}
 OPTIONAL = {"demo.py": {"vaderSentiment"}, "bench.py": {"transformers", "peft"},

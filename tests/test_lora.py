@@ -227,6 +227,14 @@ def test_names_that_do_not_exist_are_errors():
             call()
 
 
+def test_the_default_is_every_linear_there_is_and_a_named_one_must_exist():
+    model = tiny_model(glu=False, activation="gelu")
+    lora.apply(model, 2, 4.0)
+    assert {path.split(".")[-1] for path, _ in lora.layers(model)} == set(lora.ALL_LINEAR) - {"gate_proj"}
+    with pytest.raises(UserError, match="'gate_proj' is no linear layer"):
+        lora.apply(tiny_model(glu=False), 2, 4.0, ("q_proj", "gate_proj"))
+
+
 def test_copy_starts_equal_and_goes_its_own_way():
     model = adapted(r=3, alpha=5.0, targets=("q_proj", "up_proj"), name="reward")
     lora.copy(model, "reward", "value")

@@ -161,13 +161,17 @@ def peak_bytes(work) -> int:
     return top
 
 
-def small_model(kv_heads: int, r: int, targets: tuple[str, ...], dtype: torch.dtype):
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SMALL, num_kv_heads=kv_heads))
+def adapted(model: Transformer, r: int, targets: tuple[str, ...], dtype: torch.dtype):
+    """(model, the context it trains in): an adapter on a frozen base, or every weight under autocast."""
     if r:
         lora.apply(model.to(dtype), r, 16, targets, "a")
         return model, lambda: lora.use(model, "a")
     return model, lambda: torch.autocast("cpu", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def small_model(kv_heads: int, r: int, targets: tuple[str, ...], dtype: torch.dtype):
+    torch.manual_seed(0)
+    return adapted(Transformer(ModelConfig(**SMALL, num_kv_heads=kv_heads)), r, targets, dtype)
 
 
 KINDS = [(0, lora.ALL_LINEAR, torch.float32), (0, lora.ALL_LINEAR, torch.bfloat16), (8, lora.ALL_LINEAR, torch.float32),
@@ -194,6 +198,82 @@ def test_activations_against_saved_tensors_and_the_real_peak(r, targets, dtype, 
         model.checkpointing = True
         assert guess[True] == pytest.approx(peak_bytes(step), rel=0.3)
     assert guess[True] < guess[False] / 2
+
+
+# Other blocks: no gate, one norm or two beside each other, one key head, windows, soft caps, learned positions, ALiBi.
+PLAIN = SMALL | {"intermediate_size": 512, "norm": "layer", "glu": False, "activation": "gelu_tanh", "qkv_bias": True,
+                 "out_bias": True, "mlp_bias": True, "num_layers": 4, "max_positions": 1024}
+GEMMA = SMALL | {"block": "sandwich", "activation": "gelu_tanh", "embed_scale": 11.3, "num_kv_heads": 4, "head_dim": 32,
+                 "num_layers": 4, "window": 64, "tie_embeddings": True}
+SHAPES = {
+    "gpt2": PLAIN | {"positions": "learned", "tie_embeddings": True},
+    "opt": PLAIN | {"positions": "learned", "activation": "relu"},
+    "gpt1": PLAIN | {"positions": "learned", "block": "post", "final_norm": False},
+    "neox": PLAIN | {"parallel": 2, "rope_dim": 4, "activation": "gelu"},
+    "gptj": PLAIN | {"parallel": 1, "rope_dim": 8},
+    "falcon": PLAIN | {"parallel": 1, "num_kv_heads": 1, "qkv_bias": False, "activation": "gelu"},
+    "bloom": PLAIN | {"positions": "alibi", "embed_norm": True},
+    "gemma2": GEMMA | {"attention_softcap": 50.0, "final_softcap": 30.0, "full_layers": (1, 3)},
+    "gemma3": GEMMA | {"qk_norm": "head", "full_layers": (3,), "rope_theta_local": 1e4},
+    "olmo2": SMALL | {"qk_norm": "full", "block": "inner"},
+    "olmo": SMALL | {"norm": "layer", "norm_weight": False, "clip_qkv": 8.0},
+    "nanochat": PLAIN | {"norm": "rms", "norm_weight": False, "embed_norm": True, "qk_norm": "head",
+                         "activation": "relu_squared", "qkv_bias": False, "out_bias": False, "mlp_bias": False},
+    "codegeex": PLAIN | {"positions": "learned", "activation": "quick_gelu", "top_query": "after"}}
+
+
+@pytest.mark.parametrize("batch, length", [(4, 128), (1, 512)])
+@pytest.mark.parametrize("r, dtype", [(0, torch.float32), (0, torch.bfloat16), (8, torch.bfloat16)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_of_other_blocks(shape, r, dtype, batch, length):
+    """Within an eighth of the tensors that autograd keeps; the mask is counted though nobody keeps it beyond the
+    forward, which for ALiBi, one mask for each head, is up to a quarter."""
+    torch.manual_seed(0)
+    model, use = adapted(Transformer(ModelConfig(**SHAPES[shape])), r, lora.ALL_LINEAR, dtype)
+    ids = torch.randint(0, 500, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    plan = memory.Plan(model.config, "sft", batch, length, lora_r=r, dtype=dtype, device="cpu")
+    with use():
+        assert memory.activations(plan) == pytest.approx(saved_bytes(model, ids, mask), rel=0.25 if shape == "bloom"
+                                                         else 0.125)
+
+
+@pytest.mark.parametrize("batch, length", [(4, 128), (1, 512)])
+@pytest.mark.parametrize("shape", ["gpt2", "neox", "falcon", "gemma2"])
+def test_the_real_peak_of_other_blocks(shape, batch, length):
+    torch.manual_seed(0)
+    model, use = adapted(Transformer(ModelConfig(**SHAPES[shape])), 8, lora.ALL_LINEAR, torch.bfloat16)
+    ids = torch.randint(0, 500, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+
+    def step():
+        model.hidden(ids, mask).sum().backward()
+
+    plan = memory.Plan(model.config, "sft", batch, length, lora_r=8, dtype=torch.bfloat16, device="cpu")
+    with use():
+        step()
+        assert memory.activations(plan) == pytest.approx(peak_bytes(step), rel=0.2)
+
+
+def test_static_bytes_of_other_blocks_are_exact():
+    """The default targets mean the linears that are there: a block without a gate has six."""
+    for shape in ("gpt2", "neox", "falcon", "gemma2"):
+        config = ModelConfig(**SHAPES[shape])
+        model, _ = adapted(Transformer(config), 8, lora.ALL_LINEAR, torch.bfloat16)
+        table = memory.estimate(config, "sft", batch=1, length=8, lora_r=8, dtype=torch.bfloat16)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert table.trainable == trained, shape
+        assert sum(r.weights for r in table.roles) == sum(p.numel() * p.element_size() for p in model.parameters())
+        merged = memory.estimate(config, "ppo", batch=1, prompt=4, response=4, rollout=1, dtype=torch.bfloat16)
+        linears = sum(m.weight.numel() for path, m in model.named_modules() if path.endswith("_proj"))
+        assert row(merged.sampling, "unmerged originals") == 2 * linears
+        plans = [memory.Plan(config, "sft", lora_r=r, device="cuda") for r in (4, 8)]
+        names = {path.split(".")[-1] for path, _ in lora.layers(model)}
+        assert memory.layer_bytes(plans[1]) - memory.layer_bytes(plans[0]) == 4 * 4 * len(names)
+        without = memory.estimate(config, "sft", batch=1, length=8, lora_r=8, targets=("q_proj", "v_proj"))
+        assert without.trainable < table.trainable
 
 
 # ---------------------------------------------------------------- what it says

@@ -19,12 +19,11 @@ from model import (
     alibi_slopes,
     attend,
     count_positions,
-    left_pad,
     rope_frequencies,
     rope_tables,
     rotate,
-    sample,
 )
+from sampling import left_pad, sample
 
 FP32, FP64 = 2e-5, 1e-10               # largest difference to transformers, relative to the largest logit
 INF = math.inf

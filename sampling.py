@@ -1,0 +1,107 @@
+"""Drawing tokens: the loop that every model's `generate` shares, and how one token is drawn from logits.
+
+    logits -> / temperature -> the top_k best -> the fewest whose probability reaches top_p -> one of them at random
+
+A model gives `decode` its first logits and two functions: the logits behind a new token, and which rows to go on with.
+
+Shapes:  B batch   V vocabulary   n new tokens
+"""
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def decode(logits: Tensor, step: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None], max_new_tokens: int,
+           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, eos_ids: Iterable[int] = (),
+           generator: torch.Generator | None = None, pad_id: int = 0, on_token: Callable[[Tensor], None] | None = None,
+           logprobs: list[Tensor] | None = None) -> Tensor:
+    """(B, V) logits of the first new token -> (B, n) ids. step((rows,) ids) gives the next logits (rows, V);
+    keep((rows,) bool) tells the model to drop the other rows. The rest is documented at Transformer.generate."""
+    B, device = logits.shape[0], logits.device
+    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
+    out = torch.full((B, max_new_tokens), pad_id, dtype=torch.int64, device=device)
+    rows = torch.arange(B, device=device)                  # the rows still in the cache, by their number in the batch
+    alive = torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        noise = None if temperature == 0 else torch.rand(B, generator=generator, device=device)[rows]
+        new, logp = sample(logits, noise, temperature, top_k, top_p)           # (rows,), (rows,)
+        out[rows[alive], t] = new[alive]
+        if logprobs is not None:
+            logprobs.append(torch.zeros(B, device=device).index_copy(0, rows[alive], logp[alive]))
+        if on_token is not None:
+            on_token(out[:, t])
+        alive = alive & ~torch.isin(new, ends)
+        left = int(alive.sum())
+        if left == 0:
+            return out[:, :t + 1]
+        if t + 1 == max_new_tokens:
+            break
+        if left <= 0.9 * len(alive):                       # dropping rows copies the cache: do it when it pays
+            keep(alive)
+            rows, new, alive = rows[alive], new[alive], alive[alive]
+        logits = step(new)
+    return out
+
+
+def left_pad(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Moves the padding of each row to its left, so that the last column holds the last real token of every row.
+    ids [[5, 6, 0], [7, 8, 9]], mask [[1, 1, 0], [1, 1, 1]] -> [[0, 5, 6], [7, 8, 9]], [[0, 1, 1], [1, 1, 1]]"""
+    if mask is None:
+        return ids, torch.ones_like(ids)
+    assert bool((mask > 0).any(1).all()), "a row of the batch has no real token: generate needs at least one per prompt"
+    order = (mask > 0).long().argsort(dim=1, stable=True)      # pads first, real tokens keep their order
+    return ids.gather(1, order), (mask > 0).long().gather(1, order)
+
+
+def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int | None = None,
+           top_p: float | None = None) -> tuple[Tensor, Tensor]:
+    """(B, V) logits, (B,) uniform noise -> (B,) ids and their log-probabilities, by inverting the cumulative
+    distribution: a row's draw depends on its own noise only, so it gives the same text whoever else is in the batch.
+    noise None = greedy."""
+    logits = logits.float()
+    if noise is None:
+        best = logits.max(-1)
+        check_finite(best.values)
+        return best.indices, best.values - logits.logsumexp(-1)
+    logits = logits if temperature == 1 else logits / temperature
+    if top_k and top_k < logits.shape[-1]:             # 0, like None: all tokens
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        sorted_probs, order = probs.sort(descending=True)
+        drop = sorted_probs.cumsum(-1) - sorted_probs >= top_p                 # the token that crosses top_p stays
+        drop[:, 0] = False                                                     # and the best one always, also with 0.0
+        probs = probs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
+    # In two steps, a block of tokens and a token of the block: a running sum over 50,000 tokens would take a tenth of
+    # the whole time of sampling.
+    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
+    block, rest, total = pick(blocks.sum(-1), noise)
+    check_finite(total)
+    inside = blocks[torch.arange(len(probs), device=probs.device), block]      # (B, BLOCK)
+    new = block * BLOCK + pick(inside, rest / inside.sum(-1))[0]
+    return new, (probs.gather(1, new[:, None])[:, 0] / total).log()
+
+
+BLOCK = 256
+
+
+def pick(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, n) weights >= 0, (B,) noise in [0, 1) -> the item that noise * sum falls on, how far into it, and the sum."""
+    heights = weights.cumsum(-1)                                               # (B, n)
+    total = heights[:, -1]
+    target = noise[:, None] * total[:, None]
+    new = torch.searchsorted(heights, target, right=True)                      # first index with height > target
+    # Where the sum is complete: rounding may not carry the draw to an impossible item behind it.
+    new = torch.minimum(new, (heights < total[:, None]).sum(-1, keepdim=True))
+    before = heights.gather(1, new) - weights.gather(1, new)
+    return new[:, 0], (target - before).clamp(min=0)[:, 0], total
+
+
+def check_finite(x: Tensor) -> None:
+    """(B,) one number per row that is not finite where the row's logits are not."""
+    if not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x)).nonzero().flatten().tolist()
+        raise FloatingPointError(f"logits of rows {bad} are not finite: the weights or the last update are broken")

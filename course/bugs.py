@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import lora  # noqa: E402
+import model as transformer  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
@@ -216,13 +217,28 @@ def temperature_forgotten() -> Patches:
 
 @bug("ppo",
      "val/sampler_gap is large in batches of unequal prompts and 0 with prompts of one length: padding is read as "
-     "text. Pass the mask in every forward pass. (Wrong position ids look the same with learned positions; RoPE "
-     "forgives a shift.)",
-     "提示长度不一时 val/sampler_gap 很大，长度相同时为 0：填充被当作文本读入。每次前向都要传入掩码。（位置编码可"
-     "学习时，错误的 position ids 症状相同；RoPE 不受整体平移影响。）")
+     "text. Pass the mask in every forward pass.",
+     "提示长度不一时 val/sampler_gap 很大，长度相同时为 0：填充被当作文本读入。每次前向都要传入掩码。")
 def mask_forgotten() -> Patches:
     real = ppo.Roles.hidden
     return {(ppo.Roles, "hidden"): lambda self, role, ids, mask: real(self, role, ids, torch.ones_like(mask))}
+
+
+@bug("ppo",
+     "val/sampler_gap is large in batches of unequal prompts, with GPT-2 and OPT; LLaMA looks healthy, as RoPE "
+     "forgives a shift. Count positions from the mask, in training as in sampling: the first real token is 0.",
+     "提示长度不一时，GPT-2、OPT 的 val/sampler_gap 很大；LLaMA 看似正常，因为 RoPE 不受整体平移影响。训练与采样都要"
+     "由掩码数位置：第一个真实词元是 0。")
+def positions_count_padding() -> Patches:
+    def hidden(self, role, ids, mask):
+        count = transformer.count_positions
+        transformer.count_positions = lambda docs: torch.arange(docs.shape[1]).expand(docs.shape)
+        try:
+            return real(self, role, ids, mask)
+        finally:
+            transformer.count_positions = count
+    real = ppo.Roles.hidden
+    return {(ppo.Roles, "hidden"): hidden}
 
 
 @bug("ppo",

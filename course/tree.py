@@ -89,14 +89,16 @@ def everything() -> ppo.Rollout:
 
 def network(seed: int, width: int = 64) -> Transformer:
     """A random transformer whose logits are of order 1: every answer can be sampled, none is certain. Where rare
-    answers were never drawn, what training cannot find would look like a bug."""
+    answers were never drawn, what training cannot find would look like a bug. Positions are learned: RoPE would forgive
+    positions that count the padding."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(ModelConfig(vocab_size=4, hidden_size=width, intermediate_size=2 * width, num_layers=2,
-                                    num_heads=4, max_positions=16))
+                                    num_heads=4, max_positions=32, positions="learned"))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2:
-                gain = {"lm_head.weight": 0.6, "embed_tokens.weight": math.sqrt(p.shape[1])}.get(name, 1.0)
+                root = math.sqrt(p.shape[1])
+                gain = {"lm_head": 0.6, "embed_tokens": root, "embed_positions": root / 2}.get(name.split(".")[0], 1.0)
                 p.copy_(torch.randn(p.shape, generator=generator) * gain / math.sqrt(p.shape[1]))
     return model
 
@@ -146,8 +148,8 @@ def build(cfg: ppo.Config, learned: bool = False, lessons: int = 80) -> ppo.Role
 # ---------------------------------------------------------------- the exact answer
 
 class Exact:
-    """J, p* and the regret by enumeration, of the policy as it is now and the reference as it must be. Only `forward` is
-    shared with the code under test: log-probabilities, sums and rewards are written out here."""
+    """J, p* and the regret by enumeration, of the policy as it is now and the reference as it must be. Only `forward`
+    is shared with the code under test: log-probabilities, sums and rewards are written out here."""
     def __init__(self, roles: ppo.Roles, cfg: ppo.Config):
         self.roles, self.r, self.beta, self.T = roles, everything(), cfg.kl_coef, cfg.temperature
         with torch.no_grad():

@@ -174,8 +174,9 @@ def table(result: dict) -> str:
     lines = ["# The bug zoo", "", f"Made by `make zoo`, {result['date']}, torch {result['torch']}. Regret is "
              "(J* - J) / (J* - J of the reference) by enumeration, "
              f"after {result['steps']} updates of {result['batch_size']} answers, seeds "
-             f"{', '.join(map(str, result['seeds']))}. \"Curve\" says whether all seeds end outside the range of sound "
-             "runs.", "", "| bug | caught by | stage | figure at the end | sound | curve |", "|---|---|---|---|---|---|"]
+             f"{', '.join(map(str, result['seeds']))}. \"Curve\" says whether all seeds end outside the range of "
+             "sound runs.", "", "| bug | caught by | stage | figure at the end | sound | curve |",
+             "|---|---|---|---|---|---|"]
     for name, entry in result["bugs"].items():
         sound = result["sound"][entry["sound"]]
         lines.append(f"| `{name}` | {', '.join(entry['caught']) or '**nothing**'} | {entry['stage']} "
@@ -199,7 +200,7 @@ def draw(result: dict) -> str:
         lines += [figure.Line([(x, m) for x, _, m, _ in band], [(x, low, high) for x, low, _, high in band], "#2c6fbb")]
         top = 1.25 if entry["stage"] == "ppo" else None
         panels.append(figure.Panel(f"{name}", lines, y=what.split("/")[-1], top=top, bottom=0 if top else None))
-    return figure.grid(panels, columns=5, title="What training shows of each bug (red: seeds with the bug; blue: sound)")
+    return figure.grid(panels, columns=5, title="What training shows of each bug (red: with the bug; blue: sound)")
 
 
 def main(cfg: Config) -> bool:

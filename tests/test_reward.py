@@ -199,7 +199,7 @@ def test_r2_r3_r4_score_does_not_depend_on_padding_or_company(make, pad_id):
             mask = F.pad(mask, (extra, 0) if side == "left" else (0, extra))
             assert_close(judge(ids, mask), alone, 1e-5, (side, extra, pad_id))
             for i in range(3):
-                assert_close(judge(ids[i:i + 1], mask[i:i + 1]), alone[i:i + 1], 1e-5, (side, extra, i))
+                assert_close(judge(ids[i:i + 1], mask[i:i + 1]), alone[i:i + 1], 5e-5, (side, extra, i))  # of one score
 
 
 @torch.no_grad()

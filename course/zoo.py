@@ -41,9 +41,10 @@ SETTINGS = {"adaptive_kl_inverted": {"kl_target": 1.0, "kl_horizon": 1000, "kl_c
 class Config:
     # --- zoo ---
     seeds: tuple[int, ...] = (0, 1, 2)  # of the curves
-    steps: int = 50                    # updates of a curve
-    batch_size: int = 128              # answers per update
+    steps: int = 40                    # updates of a curve
+    batch_size: int = 64               # answers per update
     out_dir: str = str(RESULTS)
+    resume: bool = False               # keep the bugs that zoo.json holds already
     draw: bool = False                 # only draw again what zoo.json holds
 
 
@@ -137,17 +138,25 @@ def judge(name: str | None) -> dict[str, str]:
     return failed
 
 
-def measure(cfg: Config) -> dict:
+def measure(cfg: Config, file: Path) -> dict:
     assert not (failed := judge(None)), f"without any bug these fail: {failed}"
+    settings = {"seeds": list(cfg.seeds), "steps": cfg.steps, "batch_size": cfg.batch_size}
     result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-              "seeds": list(cfg.seeds), "steps": cfg.steps, "batch_size": cfg.batch_size, "bugs": {}, "sound": {}}
+              **settings, "bugs": {}, "sound": {}}
+    if cfg.resume and file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        if all(old[key] == value for key, value in settings.items()):
+            result = old
     for name, item in bugs.BUGS.items():
+        if name in result["bugs"]:
+            continue
         settings = SETTINGS.get(name, {})
         key = f"{item.stage} {json.dumps(settings)}"
         if key not in result["sound"]:
             result["sound"][key] = curves(cfg, item.stage, settings, None)
         result["bugs"][name] = {"stage": item.stage, "sound": key, "caught": judge(name),
                                 "curves": curves(cfg, item.stage, settings, name)}
+        common.atomic_write(file, json.dumps(result) + "\n")
         print(f"{name:24} {last(result['bugs'][name], item.stage):>28}   {', '.join(result['bugs'][name]['caught'])}",
               flush=True)
     return result
@@ -207,7 +216,7 @@ def main(cfg: Config) -> bool:
     warnings.simplefilter("ignore")
     out = Path(cfg.out_dir)
     if not cfg.draw:
-        common.atomic_write(out / "zoo.json", json.dumps(measure(cfg)) + "\n")
+        measure(cfg, out / "zoo.json")
     result = json.loads((out / "zoo.json").read_text(encoding="utf-8"))
     common.atomic_write(out / "zoo.md", table(result))
     common.atomic_write(out / "zoo.svg", draw(result))

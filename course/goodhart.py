@@ -207,16 +207,17 @@ def accuracy(judge: RewardModel, pairs: list[dict]) -> float:
 
 # ---------------------------------------------------------------- stage 3: the proxy is optimised
 
-def climb(folder: Path, proxy: str, beta: float, cfg: Config, seed: int) -> tuple[list[dict], list[str]]:
+def climb(folder: Path, proxy: str, beta: float, cfg: Config, seed: int, **changes) -> tuple[list[dict], list[str]]:
     """PPO against a reward model: KL, proxy and gold of every update's answers, and answers of the last one."""
-    run = ppo.Config(init=str(folder / "sft"), reward=str(folder / proxy), steps=cfg.steps, batch_size=cfg.batch_size,
-                     micro_batch=cfg.batch_size, response_len=ROOM, kl_coef=beta, lr=cfg.lr, value_lr=cfg.lr,
-                     schedule="constant", lora_r=0, missing_eos=-2.0, seed=seed)
+    run = ppo.Config(**{"init": str(folder / "sft"), "reward": str(folder / proxy), "steps": cfg.steps,
+                        "batch_size": cfg.batch_size, "micro_batch": cfg.batch_size, "response_len": ROOM,
+                        "kl_coef": beta, "lr": cfg.lr, "value_lr": cfg.lr, "schedule": "constant", "lora_r": 0,
+                        "missing_eos": -2.0, "seed": seed, **changes})
     model, _ = checkpoints.load(run.init, "cpu", torch.float32)
     roles = ppo.separate(run, model, WORLD)
     learner, rng, history = ppo.start(roles, run, WORLD), random.Random(seed), []
     for step in range(cfg.steps):
-        prompts = [{"ids": encode(p)} for p in rng.choices(PROMPTS, k=cfg.batch_size)]
+        prompts = [{"ids": encode(p)} for p in rng.choices(PROMPTS, k=run.batch_size)]
         r, figures = ppo.improve(roles, learner, prompts, TOKENIZER, run, WORLD, step)
         truth = gold_rows(r.ids, r.mask, r.response)
         history.append({"step": step, "kl": figures["objective/kl"], "proxy": figures["objective/scores"],

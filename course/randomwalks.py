@@ -88,11 +88,12 @@ def copy(model: Transformer) -> Transformer:
     return other
 
 
-def train(seed: int, steps: int = 100, show: bool = False) -> list[float]:
+def train(seed: int, steps: int = 100, show: bool = False, **changes) -> list[float]:
     """Mean optimality of the fine-tuned model's answers, then of each update's, all sampled at temperature 1."""
     graph = Graph()
-    cfg = ppo.Config(steps=steps, batch_size=128, micro_batch=128, response_len=ROOM, kl_coef=0.0, missing_eos=None,
-                     lr=3e-4, value_lr=3e-4, schedule="constant", lora_r=0, seed=seed)
+    cfg = ppo.Config(**{"steps": steps, "batch_size": 128, "micro_batch": 128, "response_len": ROOM, "kl_coef": 0.0,
+                        "missing_eos": None, "lr": 3e-4, "value_lr": 1e-3, "schedule": "constant", "lora_r": 0,
+                        "seed": seed, **changes})
     model = fine_tune(graph, seed)
     value = RewardModel(copy(model))
     ppo.start_value(value, None)

@@ -82,9 +82,9 @@ def measure(judge: RewardModel, pairs: int = 20000) -> dict[str, float]:
             "slope": float((s * t).mean() / (t * t).mean())}
 
 
-def run(pairs: int, k: int = 2, seed: int = 0) -> dict[str, float]:
+def run(pairs: int, k: int = 2, seed: int = 0, held_out: int = 20000) -> dict[str, float]:
     """As many strings as in `pairs` pairs, in rankings of k."""
-    return measure(learn(groups(2 * pairs // k, k, seed + 1), seed))
+    return measure(learn(groups(2 * pairs // k, k, seed + 1), seed), held_out)
 
 
 if __name__ == "__main__":

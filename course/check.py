@@ -128,8 +128,9 @@ def stops_ending(log: Log, settings: dict) -> str:
 
 
 def value_knows_nothing(log: Log, settings: dict) -> str:
-    x = part(log["val/explained_variance"], False)
-    return f"explained variance is {x:.2f} at the end" if x < -0.2 else ""
+    values = log["val/explained_variance"]
+    x = part(values, False)
+    return f"explained variance is {x:.2f} after {len(values)} updates" if x < -0.2 and len(values) >= 20 else ""
 
 
 def sft_loss_too_good(log: Log, settings: dict) -> str:

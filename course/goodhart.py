@@ -227,29 +227,28 @@ def climb(folder: Path, proxy: str, beta: float, cfg: Config, seed: int, **chang
     return history, texts
 
 
+def best_of(scores: Tensor, values: Tensor, n: int) -> float:
+    """(P, N) scores and values: the mean value of the best scored of n answers, over all subsets of n of the N. In
+    closed form: sorted by score, the i-th of N is the best of C(i - 1, n - 1) subsets."""
+    N = scores.shape[1]
+    i = torch.arange(1, N + 1, dtype=torch.float64)
+    inside = torch.lgamma(i) - math.lgamma(n) - torch.lgamma((i - n).clamp(min=0) + 1)         # log C(i - 1, n - 1)
+    whole = math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)
+    weight = torch.where(i >= n, (inside - whole).exp(), 0.0)
+    return float((values.double().gather(1, scores.argsort(1)) * weight).sum(1).mean())
+
+
 @torch.no_grad()
 def best_of_n(model: Transformer, judges: dict[int, RewardModel], cfg: Config, seed: int) -> dict[str, list]:
-    """{labels: (n, KL, proxy, gold)}: the mean over all subsets of n of cfg.samples answers, in closed form. Sorted by
-    the proxy, the i-th of N is the best of C(i - 1, n - 1) subsets."""
+    """{labels: (n, KL, proxy, gold)} for n = 1, 2, 4, ...: cfg.samples answers per prompt, picked by each judge."""
     N = cfg.samples
     r = sample(model, PROMPTS * N, torch.Generator().manual_seed(seed + 77))
-    truth, result = gold_rows(r.ids, r.mask, r.response).double().view(N, -1).T, {}
-    i = torch.arange(1, N + 1, dtype=torch.float64)
-
-    def log_choose(a: Tensor | float, b: float) -> Tensor:
-        a = torch.as_tensor(a, dtype=torch.float64)
-        inside = torch.lgamma(a + 1) - torch.lgamma(torch.tensor(b + 1.0)) - torch.lgamma((a - b).clamp(min=0) + 1)
-        return torch.where(a >= b, inside, -math.inf)
-
+    truth, result = gold_rows(r.ids, r.mask, r.response).view(N, -1).T, {}
     for n_labels, judge in judges.items():
         scores = torch.cat([judge(r.ids[k:k + 2048], r.mask[k:k + 2048]) for k in range(0, len(r.ids), 2048)])
-        scores = torch.where(r.ended, scores, -2.0).double().view(N, -1).T
-        order, points = scores.argsort(1), []
-        for n in (2 ** k for k in range(int(math.log2(N)))):
-            weight = (log_choose(i - 1, n - 1) - log_choose(N, n)).exp()
-            points.append([n, math.log(n) - (n - 1) / n, *(float((x.gather(1, order) * weight).sum(1).mean())
-                                                           for x in (scores, truth))])
-        result[str(n_labels)] = points
+        scores = torch.where(r.ended, scores, -2.0).view(N, -1).T
+        result[str(n_labels)] = [[n, math.log(n) - (n - 1) / n, best_of(scores, scores, n), best_of(scores, truth, n)]
+                                 for n in (2 ** k for k in range(int(math.log2(N))))]
     return result
 
 
@@ -345,7 +344,7 @@ def peaks(runs: list[dict], key: str) -> list[dict[str, float]]:
     for golds, proxies in zip(curve(runs, key, "gold"), curve(runs, key, "proxy")):
         at = [max(x for x, _ in golds) * i / 100 for i in range(101)]
         values = smooth(golds, at)
-        top = max(range(101), key=lambda i: values[i])
+        top = max((i for i in range(101) if values[i] is not None), key=lambda i: values[i])
         tail = len(golds) // 10 or 1
         found.append({"d": at[top], "peak": values[top], "gold": statistics.mean(y for _, y in golds[-tail:]),
                       "proxy": statistics.mean(y for _, y in proxies[-tail:])})

@@ -161,27 +161,31 @@ def by_tests(module, source: str, text: str) -> str:
         whole = (ROOT / file).read_text(encoding="utf-8")
         assert source in whole
         (copied / file).write_text(whole.replace(source, textwrap.indent(text, indent) + "\n"), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *TESTS[module.__name__]], cwd=copied,
-                              capture_output=True, text=True, encoding="utf-8", timeout=900)
+        slow = "tests/test_ppo.py::test_it_learns_to_write_a_token"        # no proof of a detail, and it takes long
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--deselect", slow, *TESTS[module.__name__]]
+        done = subprocess.run(command, cwd=copied, capture_output=True, text=True, encoding="utf-8", timeout=900)
         failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         return failed[0].split(" - ")[0].split("::")[-1] if failed else ("" if done.returncode == 0 else "crash")
 
 
 # ---------------------------------------------------------------- the run
 
-def measure(cfg: Config) -> list[dict]:
-    rows = []
+def measure(cfg: Config, file: Path) -> list[dict]:
+    """Function by function, kept in the file; what is in it is not run again, unless --only names it."""
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows = [row for row in rows if row["name"] not in cfg.only]
     for module, name in TARGETS:
-        if cfg.only and name not in cfg.only:
+        if (cfg.only and name not in cfg.only) or any(r["function"] == f"{module.__name__}.{name}" for r in rows):
             continue
         owner = getattr(module, name.split(".")[0])
         source = inspect.getsource(getattr(owner, name.split(".")[1]) if "." in name else owner)
         source = source[source.index("def "):] if not source.startswith(" ") else source
         for what, text in mutants(source):
             killer = by_certificates(module, name, text) or by_tests(module, source, text)
-            rows.append({"function": f"{module.__name__}.{name}", "change": what, "killed by": killer})
+            rows.append({"function": f"{module.__name__}.{name}", "name": name, "change": what, "killed by": killer})
         mine = [row for row in rows if row["function"] == f"{module.__name__}.{name}"]
         print(f"{name:20} {sum(bool(r['killed by']) for r in mine):3} of {len(mine):3} killed", flush=True)
+        common.atomic_write(file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         for row in mine:
             if not row["killed by"]:
                 print(f"    survives: {row['change']}", flush=True)
@@ -206,12 +210,11 @@ def table(rows: list[dict], note: str) -> str:
 
 def main(cfg: Config) -> bool:
     warnings.simplefilter("ignore")
-    began, rows = time.perf_counter(), measure(cfg)
+    rows = measure(cfg, Path(cfg.out_dir) / "mutants.json")
     killed = sum(bool(row["killed by"]) for row in rows)
     free = [row for row in rows if not row["killed by"] and row["change"].split(": ", 1)[1] not in EXPLAINED]
-    note = (f"Made by `python {' '.join(sys.argv)}`, {time.strftime('%Y-%m-%d')}, {time.perf_counter() - began:.0f} s: "
-            f"{killed} of {len(rows)} mutants killed ({killed / len(rows):.1%}).")
-    common.atomic_write(Path(cfg.out_dir) / "mutants.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    note = (f"Made by `python course/mutants.py`, {time.strftime('%Y-%m-%d')}: {killed} of {len(rows)} mutants killed "
+            f"({killed / len(rows):.1%}).")
     common.atomic_write(Path(cfg.out_dir) / "mutants.md", table(rows, note))
     return common.gate("mutants", [("95 % killed", killed >= 0.95 * len(rows), f"{killed} of {len(rows)}"),
                                    ("survivors explained", not free, f"{len(free)} are not")])

@@ -198,9 +198,10 @@ def jinja_pieces(tokenizer, template: str, messages: list[dict], prompt: bool) -
     parts = re.split("\ue000(\\d+)\ue001", show(marked, prompt))           # format, number, format, number, ... format
     words = what_is_printed(messages, parts, show(messages, prompt))
     pieces, shown = [(parts[0], F)], parts[0]
+    opens = [before for before, i in zip(parts[::2], parts[1::2]) if messages[int(i)]["role"] == "user"]
     for number, content, text in zip(map(int, parts[1::2]), words, parts[2::2]):
         if messages[number]["role"] == "assistant":
-            if number < len(messages) - 1 and not ends_turn(tokenizer, text):
+            if number < len(messages) - 1 and not ends_turn(tokenizer, text, opens):
                 pieces += [(content, U), (text, F)]       # an earlier answer without an end: part of the prompt
                 shown += MARK.format(number) + text
                 continue
@@ -239,15 +240,23 @@ def what_is_printed(messages: list[dict], parts: list[str], text: str) -> list[s
     return words
 
 
-def ends_turn(tokenizer, behind: str) -> bool:
-    return not behind or behind.lstrip().startswith(tuple(tokenizer.specials) or " ")
+def ends_turn(tokenizer, behind: str, opens: list[str]) -> bool:
+    """Whether what stands behind an earlier answer ends it. A token that opens a question (Baichuan) does so only where
+    generation stops at it (ChatGLM3)."""
+    end = special_at(tokenizer, behind.lstrip())
+    opener = end is not None and any(text.rstrip().endswith(end) for text in opens)
+    return not behind or (end is not None and (not opener or tokenizer.specials[end] in tokenizer.eos_ids))
+
+
+def special_at(tokenizer, text: str) -> str | None:
+    """The special token, the longest of several, that a text begins with."""
+    return max((s for s in tokenizer.specials if text.startswith(s)), key=len, default=None)
 
 
 def answer(tokenizer, words: str, behind: str) -> list[tuple[str, str]]:
     """An answer and what the template prints behind it: first the end token, which is supervised; the rest is not."""
     blank = len(behind) - len(behind.lstrip())
-    names = sorted(tokenizer.specials, key=len, reverse=True)
-    end = next((s for s in names if behind[blank:].startswith(s)), None)
+    end = special_at(tokenizer, behind[blank:])
     if not behind:
         return [(words, A), ("", E)]
     if end is None:

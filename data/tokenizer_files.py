@@ -36,6 +36,8 @@ from data.tokenizer import (
 
 # These names steer the model, even where a file lists them as ordinary words.
 STEERING = re.compile("<[|\uff5c].+[|\uff5c]>|<(start|end)_of_turn>")
+# These as well (Gemma, InternLM, MOSS, Baichuan), and files list them among the pieces of words.
+ROLES = re.compile(r"<(start|end)_of_turn>|<eo[ahm]>|<reserved_\d+>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 
 
@@ -158,6 +160,9 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
         return bool(t.get("special")) or bool(STEERING.fullmatch(t["content"]))
 
     specials, words = ({t["content"]: t["id"] for t in added if is_special(t) == kind} for kind in (True, False))
+    if not isinstance(core, ByteBPE):
+        specials |= {t: i for t, i in core.vocab.items() if t[:1] == "<" and t not in specials and ROLES.fullmatch(t)}
+        words = {t: i for t, i in words.items() if t not in specials}
     shapes = {}
     for t in added:
         edge = (r"(?<!\w)", r"(?!\w)") if t.get("single_word") else ("", "")
@@ -169,6 +174,8 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
     stops = [s for s in stops if s is not None] or list(eos)
     if template:                                          # a model that was taught to chat also stops after its turn
         stops += [specials[t] for t in TURN_ENDS if t in specials and (t in template or t == "<|end_of_text|>")]
+    if isinstance(core, SentencePiece):
+        core.hide(specials)
     for t in specials:                                    # what steers the model can only be asked for by name
         core.vocab.pop(t, None)
     second = {t["content"] for t in added if t.get("normalized") and not is_special(t)}

@@ -45,6 +45,18 @@ NOT_READ = {".pkl": "a Python pickle could run any code: write nanoGPT's or nano
 
 
 def from_file(path: Path) -> Tokenizer | None:
+    """The tokenizer, and one trial: what is damaged shows here, not in the middle of a training."""
+    try:
+        tokenizer = read_file(path)
+        if tokenizer is not None:
+            tokenizer.decode(tokenizer.encode("Hello, world 12\n\u4f60\u597d e\u0301 <0x41>", special=True))
+        return tokenizer
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError,
+            struct.error) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+def read_file(path: Path) -> Tokenizer | None:
     """By the name of the file; which tokenizer is in a .model file, its content and the settings beside it tell."""
     from data import tokenizer_gguf, tokenizer_json, tokenizer_makers  # they build on what stands below
     if path.suffix == ".gguf":
@@ -357,9 +369,10 @@ def json_files(tokenizer: Tokenizer, merges: list, core: ByteBPE | CharBPE | Non
              "vocab": vocab, "merges": [list(m) for m in merges]}
     if isinstance(core, ByteBPE):
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        splits = [{"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": s.behavior, "invert": s.invert}
-                  for s in core.splits]
-        pre, normalizer = {"type": "Sequence", "pretokenizers": [*splits, level]}, {"type": "NFC"} if core.nfc else None
+        steps = [level if s is None else {"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": s.behavior,
+                                          "invert": s.invert} for s in core.splits]
+        steps += [] if level in steps else [level]
+        pre, normalizer = {"type": "Sequence", "pretokenizers": steps}, {"type": "NFC"} if core.nfc else None
         model["ignore_merges"], decoder = core.ignore_merges, level
     else:
         model |= {"unk_token": tokenizer.token_of[core.unk_id], "fuse_unk": True, "byte_fallback": True}

@@ -16,7 +16,7 @@ from test_families import IDS, MODELS, theirs_of, theirs_on
 
 import checkpoints
 from checkpoints import __main__ as command
-from checkpoints import export, formats
+from checkpoints import export, formats, others
 from checkpoints.convert import convert
 from common import UserError
 
@@ -318,6 +318,59 @@ def test_an_index_of_mistral_does_not_hide_that_of_the_model(saved, tmp_path):
     model, _ = checkpoints.load(folder)
     with torch.no_grad():
         assert_close(model(IDS), theirs_on(theirs, IDS))
+
+
+# ---------------------------------------------------------------- no decoders, and samples made elsewhere
+
+@pytest.mark.parametrize("kind, own_head", [("v1.0", False), ("v1.1", True), ("mt5", True), ("mt5", False)])
+def test_t5(kind, own_head, tmp_path):
+    from test_t5 import ask, theirs
+    from transformers import AutoModelForSeq2SeqLM
+    reference = theirs(tmp_path / "in", kind, own_head=own_head, decoder_start_token_id=3)
+    convert(tmp_path / "in", tmp_path / "out")
+    again, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    answer = random_ids(2, 4, seed=1)
+    assert torch.equal(ask(again.eval(), IDS, None, answer), ask(reference, IDS, None, answer))
+    ours, _ = checkpoints.load(tmp_path / "out")
+    with torch.no_grad():
+        assert_close(ours(IDS, decoder_ids=answer), ask(reference, IDS, None, answer), 2e-5)
+
+
+@pytest.mark.parametrize("file", ["transformers'", "BlinkDL's"])
+def test_rwkv(file, tmp_path):
+    from test_rwkv import ask, theirs
+    reference = theirs(tmp_path / "in")
+    base = tmp_path / "in"
+    if file == "BlinkDL's":
+        state = reference.state_dict()
+        for theirs_, ours in others.BLINKDL.items():
+            back = theirs_.replace("\\", "").strip("^$"), ours.replace("rwkv.", "")
+            state = {n.replace(back[1], back[0]).removeprefix("rwkv."): t for n, t in state.items()}
+        base = tmp_path / "RWKV-4-Small-ctx64.pth"
+        torch.save(state, base)
+    convert(base, tmp_path / "out")
+    assert_close(ask(reload(tmp_path / "out", "eager"), IDS), ask(reference, IDS), 1e-6)
+
+
+@pytest.mark.parametrize("at", sorted(PARITY.glob("*/*/ckpt")) or [None], ids=str)
+def test_samples_made_elsewhere_are_converted(at, tmp_path):
+    """With adapter or delta where one lies beside; transformers reads the outcome if it has the family, else we do."""
+    from transformers import AutoConfig
+    if at is None or not (reference := torch.load(at.parent / "ref.pt", weights_only=True)):
+        pytest.skip(f"no samples in {PARITY}" if at is None else "a sample of what must not load")
+    more = {"delta": at / "delta", "new_rows": "zero"} if (at / "delta").exists() else {
+        "lora": [at / "adapter"] if (at / "adapter").exists() else []}
+    convert(at / "base" if (at / "base").exists() else at, tmp_path / "out", dtype=torch.float32, **more)
+    with torch.no_grad():
+        try:
+            AutoConfig.from_pretrained(tmp_path / "out")
+            public = at.parent.parent.name != "glm10b"                         # another GLM than transformers' own
+        except ValueError:
+            public = False
+        logits = theirs_on(reload(tmp_path / "out", "eager"), reference["input_ids"]) if public else checkpoints.load(
+            tmp_path / "out")[0](reference["input_ids"])
+    assert_close(logits, reference["logits"], 2e-5)
 
 
 LEFTOVERS = ("training_args.bin", "optimizer.pt", "rng_state_0.pth",

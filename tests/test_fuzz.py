@@ -17,10 +17,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import test_t5
 import torch
 from conftest import tiny_config, twins
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from remote_cases import CASES, tensors
 from safetensors.torch import load_file, save_file
 from test_adapters import adapted
 from test_checkpoints import write_meta
@@ -33,7 +35,7 @@ from common import UserError
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2,
          "num_kv_heads": 2}
-FEW = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 150)),
+FEW = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 100)),
                suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -105,6 +107,36 @@ def make_gguf_split(folder: Path) -> None:
     write_other(folder / "m.gguf", "chatglm")
 
 
+def make_t5(folder: Path) -> None:
+    test_t5.theirs(folder, vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
+    (folder / "generation_config.json").unlink()
+
+
+def make_blinkdl(folder: Path) -> None:
+    C = 16
+    matrix, row = torch.rand(C, C), torch.rand(C)
+    state = {"emb.weight": torch.rand(32, C), "head.weight": torch.rand(32, C)}
+    norms = ["ln_out", *(f"blocks.0.{x}" for x in ("ln0", "ln1", "ln2"))]
+    state |= {f"{name}.{x}": row.clone() for name in norms for x in ("weight", "bias")}
+    for part, mixes, matrices in (("att", "kvr", ("key", "value", "receptance", "output")),
+                                  ("ffn", "kr", ("key", "value", "receptance"))):
+        state |= {f"blocks.0.{part}.time_mix_{x}": row.clone().view(1, 1, C) for x in mixes}
+        state |= {f"blocks.0.{part}.{x}.weight": matrix.clone() for x in matrices}
+    state |= {f"blocks.0.att.time_{x}": row.clone() for x in ("decay", "first")}
+    torch.save(state, folder / "RWKV-4-Tiny-ctx16.pth")
+
+
+def make_nested(folder: Path) -> None:
+    """Fused q, k, v; tables in tables; a name that is nobody's."""
+    case = CASES["chatglm-6b"]
+    (folder / "config.json").write_text(json.dumps(case.raw), encoding="utf-8")
+    state: dict = {}
+    for name, t in tensors(case).items():
+        table, *rest = name.split(".", 1)
+        state.setdefault(table, {}).update({rest[0]: t}) if rest else state.update({name: t})
+    torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
+
+
 def make_adapter(folder: Path) -> None:
     model = adapted(llama(folder / "base"), target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"],
                     use_dora=True, alpha_pattern={"q_proj": 3})
@@ -118,8 +150,9 @@ def make_delta(folder: Path) -> None:
 
 
 FORMATS = {"safetensors": make_safetensors, "shards": make_shards, "bin": make_bin, "old bin": make_old_bin,
-           "meta": make_meta, "llama2c": make_llama2c, "nanogpt": make_nanogpt, "gguf": make_gguf,
-           "gguf with fused qkv": make_gguf_split, "adapter": make_adapter, "delta": make_delta}
+           "meta": make_meta, "llama2c": make_llama2c, "nanogpt": make_nanogpt, "t5": make_t5, "blinkdl": make_blinkdl,
+           "nested": make_nested, "gguf": make_gguf, "gguf with fused qkv": make_gguf_split, "adapter": make_adapter,
+           "delta": make_delta}
 
 
 def patches(name: str, folder: Path) -> dict:
@@ -130,7 +163,7 @@ def open_everything(name: str, folder: Path) -> None:
     """What a user does with it: look, load; and read every tensor as the file has it."""
     base = folder / "base" if (folder / "base").exists() else folder
     checkpoints.load(base, **patches(name, folder))
-    source = formats.open_source(base)
+    source = checkpoints.open_any(base)[0]
     for tensor in source.entries:
         source.read(tensor)
 

@@ -240,6 +240,9 @@ def load_pickle(file: Path):
     except UserError:
         raise
     except Exception as error:           # a damaged pickle makes the reader stumble in any way that Python knows
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"{file} ({size_of(file)}) asks for more memory than there is: damaged, or too large for "
+                            "this machine") from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{file} cannot be read: {reason}. The file is damaged or incomplete ({size_of(file)}): "
                         "download it again") from None

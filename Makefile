@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 SEEDS  ?= 0,1,2,3,4
+JOBS   ?= 2
 
 .PHONY: demo test bands bench lint clean
 
@@ -15,7 +16,7 @@ demo: $(VENV)/core
 	$(PY) demo.py
 
 test: $(VENV)/test
-	$(PY) -m pytest tests -q --durations=15
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(JOBS) --dist worksteal --durations=15
 
 bands: $(VENV)/core
 	$(PY) demo.py --bands --seeds $(SEEDS) --out_dir out/bands

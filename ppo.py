@@ -51,7 +51,7 @@ class Config:
     data: str = "data/demo/prompts.jsonl"   # prompts; answers in the file are ignored
     valid: str = ""                    # held-out prompts; empty: the last eval_prompts of data are held out
     format: str = "auto"               # name the format of data when sniffing guesses wrong
-    template: str = ""                 # chat format; empty: the model's own
+    template: str = ""                 # a chat format, say chatml (help: a list); empty: the model's own
     skip_bad: bool = False             # go on past rows that cannot be read (they are counted) instead of stopping
     max_prompt: int = 256              # prompt tokens; longer prompts lose their beginning and are counted
     out_dir: str = "out/ppo"
@@ -572,6 +572,7 @@ def evaluate(roles: Roles, prompts: list[dict], tokenizer, cfg: Config, world: c
 
 def main(cfg: Config) -> bool:
     # ---- setup: device, base, roles
+    chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if cfg.dry_run:

@@ -44,7 +44,7 @@ class Config:
     valid: str = ""                    # held-out file; empty: the last valid_share of data is held out
     valid_share: float = 0.1           # ignored when valid is given
     format: str = "auto"               # name the format of data when sniffing guesses wrong
-    template: str = ""                 # chat format; empty: the model's own
+    template: str = ""                 # a chat format, say chatml (help: a list); empty: the model's own
     skip_bad: bool = False             # go on past rows that cannot be read (they are counted) instead of stopping
     max_len: int = 512                 # tokens per answer with its prompt; prompts are cut from the left, answers never
     out_dir: str = "out/reward"
@@ -288,6 +288,7 @@ def prepare(cfg: Config, tokenizer) -> tuple[list[dict], list[dict]]:
 
 def main(cfg: Config) -> bool:
     # ---- setup: device, model, adapter, head
+    chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if cfg.dry_run:

@@ -41,7 +41,7 @@ class Config:
     valid: str = ""                    # held-out file; empty: the last valid_share of data is held out
     valid_share: float = 0.05          # ignored when valid is given
     format: str = "auto"               # name the format of data when sniffing guesses wrong
-    template: str = ""                 # alpaca, vicuna, chatml, llama2, llama3 or zephyr; empty: the model's own format
+    template: str = ""                 # a chat format, say chatml (help: a list); empty: the model's own
     skip_bad: bool = False             # go on past rows that cannot be read (they are counted) instead of stopping
     max_len: int = 512                 # tokens per row; longer conversations are cut and counted
     packing: bool = True               # several conversations in one row, none sees another; off: one per row
@@ -200,6 +200,7 @@ def prepare(cfg: Config, tokenizer, pairs: bool = False) -> tuple[list[dict], li
 
 def main(cfg: Config) -> bool:
     # ---- setup: device, model, adapter
+    chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if cfg.dry_run:

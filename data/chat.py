@@ -40,7 +40,7 @@ from data.chat_formats import (
     zephyr,
 )
 
-__all__ = ["ALPACA", "FORMATS", "VICUNA", "guess", "render", "use_format"]
+__all__ = ["ALPACA", "FORMATS", "VICUNA", "check_format", "guess", "render", "use_format"]
 
 FORMATS = {"chatml": chatml, "alpaca": alpaca, "vicuna": vicuna, "llama2": llama2, "llama3": llama3, "zephyr": zephyr,
            "chatglm": chatglm, "chatglm2": chatglm2, "chatglm3": chatglm3, "glm4": glm4, **ROWS}
@@ -81,7 +81,7 @@ def guess(name: str, tokenizer=None) -> str | None:
         for tokens, found in BY_TOKENS:
             if all(t in tokenizer.named for t in tokens):
                 return found
-    name = name.lower().replace("_", "-")
+    name = re.sub("[ _]", "-", name.lower())
     return next((found for word, found in BY_NAME if word in name), None)
 
 
@@ -91,13 +91,18 @@ def listing() -> str:
     return "\n".join(f"  {name:16} {about[name]}" for name in FORMATS)
 
 
+def check_format(name: str) -> None:
+    if name and name not in FORMATS:
+        what = "--template takes one of" if name == "help" else f"--template {name} is unknown; known"
+        raise UserError(f"{what}:\n{listing()}")
+
+
 def use_format(tokenizer, name: str = "") -> str:
     """Takes the format of this name, or the model's own, or where it has none what `guess` is certain of, or chatml (if
     its tokens exist), or alpaca. Its end token becomes one of the tokenizer's: a base model must stop at <|im_end|>."""
     if tokenizer is None:
         raise UserError("this model has no tokenizer: put tokenizer.json or tokenizer.model beside its weights")
-    if name and name not in FORMATS:
-        raise UserError(f"--template {name} is unknown; known:\n{listing()}")
+    check_format(name)
     default = "chatml" if "<|im_start|>" in tokenizer.specials else "alpaca"
     guessed = guess(tokenizer.origin, tokenizer)
     tokenizer.chat_template = name or tokenizer.chat_template or guessed or default

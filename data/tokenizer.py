@@ -233,7 +233,7 @@ class Tokenizer:
         parts: list[int | str] = [text]
         for pattern in patterns:
             if pattern is not None:
-                parts = [names.get(p, names.get(p.strip(), p)) if isinstance(p, str) else p for part in parts
+                parts = [name_id(p, names, pattern) if isinstance(p, str) else p for part in parts
                          for p in (cut(pattern, part) if isinstance(part, str) else [part])]
         return parts
 
@@ -278,6 +278,13 @@ def name_pattern(names: dict[str, int], shapes: dict[str, str]) -> regex.Pattern
     """The leftmost, then the longest name."""
     longest_first = sorted(names, key=len, reverse=True)
     return regex.compile("|".join(shapes.get(n, regex.escape(n)) for n in longest_first)) if names else None
+
+
+def name_id(piece: str, names: dict[str, int], pattern: regex.Pattern) -> int | str:
+    """The id of a name, also with the blanks that its shape takes along; else the piece itself."""
+    if piece in names:
+        return names[piece]
+    return names[piece.strip()] if piece.strip() in names and pattern.fullmatch(piece) else piece
 
 
 class Stream:

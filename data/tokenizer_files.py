@@ -158,7 +158,7 @@ def read_settings(folder: Path) -> dict:
     if not all(isinstance(t.get("content"), str) and isinstance(t["id"], int) for t in added):
         raise UserError(f"{folder}: an added token without text or id in tokenizer_config.json or added_tokens.json")
     extra = config.get("extra_ids", 100 if config.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast") else 0)
-    name = f"{config.get('name_or_path')} {model.get('_name_or_path')}".lower()
+    name = f"{config.get('name_or_path')} {model.get('_name_or_path')} {folder.name}".lower()
     return {"names": names, "eos": eos, "template": template, "added": added, "add_bos": config.get("add_bos_token"),
             "extra_ids": extra if isinstance(extra, int) and 0 <= extra <= 10_000 else 0, "name": name,
             "class": config.get("tokenizer_class"), "model_type": model.get("model_type")}

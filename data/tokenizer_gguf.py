@@ -38,8 +38,10 @@ def from_gguf(path: Path) -> Tokenizer | None:
     n = len(tokens)
     bos, eos, eot, pad, unk = (i if i is not None and 0 <= i < n else None for i in (bos, eos, eot, pad, unk))
     template = meta.get("tokenizer.chat_template")
-    return build(core, added, {**NO_SETTINGS, "template": template if isinstance(template, str) else None}, bos=bos,
-                 eos=[i for i in (eos, eot) if i is not None], pad=unk if pad is None else pad, vocab_size=n,
+    settings = {**NO_SETTINGS, "template": template if isinstance(template, str) else None,
+                "name": str(meta.get("general.name", path.stem))}
+    return build(core, added, settings, bos=bos, eos=[i for i in (eos, eot) if i is not None],
+                 pad=unk if pad is None else pad, vocab_size=n,
                  add_bos=bool(meta.get("add_bos_token", add_bos)), space_after=kind in ("llama", "t5"),
                  files=lambda t: json_files(t, merges()) if merges else {})
 

@@ -483,7 +483,8 @@ def test_what_a_model_without_a_template_gets(tokenizer, full):
                         ("chatglm3-6b-base", "chatglm3"), ("fnlp/moss-moon-003-sft", "moss"),
                         ("lmsys/vicuna-7b-v1.5", "vicuna"),
                         ("lmsys/vicuna-13b-delta-v0", "vicuna_v0"), ("databricks/dolly-v2-3b", "dolly"),
-                        ("Qwen/Qwen-1_8B-Chat", "qwen"), ("huggyllama/llama-7b", None), ("", None)):
+                        ("Qwen/Qwen-1_8B-Chat", "qwen"), ("Koala 13B HF", "koala"),
+                        ("huggyllama/llama-7b", None), ("", None)):
         assert chat.guess(name) == found, name
         assert found is None or found in chat.FORMATS
     assert {found for _, found in (*chat.BY_TOKENS, *chat.BY_NAME)} <= {*chat.FORMATS, None}

@@ -126,6 +126,22 @@ def read_config(name_or_path: str | Path) -> object:
     return families.to_config(source.config, source.config_file)
 
 
+def our_linears(name_or_path: str | Path, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of linears that may be those of the checkpoint's files -> ours; a dry run has no file to ask.
+    ("query_key_value", "dense") of ChatGLM-6B -> ("q_proj", "k_proj", "v_proj", "o_proj")"""
+    text = str(name_or_path).removeprefix("hub:")
+    if not Path(text).exists() and text.lower() in hub.NAMES:
+        family = families.FAMILIES[hub.family(text.lower())]
+    else:
+        source, _ = open_any(resolve(name_or_path))
+        family = families.find(source.config, source.path)[1]
+    found: dict[str, None] = {}
+    for target in targets:
+        ours = [o for theirs, o in family.names.items() if theirs.rpartition(".")[2] == target]
+        found |= dict.fromkeys(name.rpartition(".")[2] for name in " ".join(ours or [target]).split())
+    return tuple(found)
+
+
 # ---------------------------------------------------------------- load
 
 def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,

@@ -39,7 +39,7 @@ class Config:
     # --- models ---
     model: str = "smollm2-135m"        # directory, adapter or name; also without --model: chat.py DIR
     compare: tuple[str, ...] = ()      # several models: each answers every prompt and has its own conversation
-    template: str = ""                 # alpaca, vicuna, chatml, llama2, llama3, zephyr; none: plain completion
+    template: str = ""                 # a chat format (help: a list); empty: the model's own; none: plain completion
     device: str = "auto"               # auto | cpu | cuda | mps
     dtype: str = "auto"                # auto | bf16 | fp32
     # --- answers ---
@@ -269,12 +269,12 @@ def check(cfg: Config) -> Config:
             ("top_p", 0 < cfg.top_p <= 1, "a number above 0, at most 1"),
             ("max_new_tokens", cfg.max_new_tokens > 0, "1 or more"),
             ("seed", abs(cfg.seed) < 2**63, "less than 2**63"),
-            ("template", cfg.template in ("", "none", *chat.FORMATS), f"one of {', '.join(chat.FORMATS)}, none"),
             ("system", not cfg.system or cfg.template != "none", "nothing: --template none has no place for it"),
             ("prompts", not (cfg.prompt and cfg.prompts), "nothing when there is --prompt"),
             ("out", not cfg.out or cfg.prompt or cfg.prompts, "nothing without --prompt or --prompts")):
         if not fine:
             raise UserError(f"{name} is {getattr(cfg, name)!r}, expected {wanted}")
+    chat.check_format("" if cfg.template == "none" else cfg.template)
     return cfg
 
 

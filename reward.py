@@ -44,7 +44,7 @@ class Config:
     valid: str = ""                    # held-out file; empty: the last valid_share of data is held out
     valid_share: float = 0.1           # ignored when valid is given
     format: str = "auto"               # name the format of data when sniffing guesses wrong
-    template: str = ""                 # chat format; empty: the model's own
+    template: str = ""                 # a chat format, say chatml (help: a list); empty: the model's own
     skip_bad: bool = False             # go on past rows that cannot be read (they are counted) instead of stopping
     max_len: int = 512                 # tokens per answer with its prompt; prompts are cut from the left, answers never
     out_dir: str = "out/reward"
@@ -94,7 +94,7 @@ class RewardModel(nn.Module):
         """A number after every token: (B, T) ids -> (B, T) fp32. PPO's value function is this, trained."""
         with lora.use(self.model, self.adapter):
             h = self.model.hidden(ids, mask)
-        return self.head(h.float()).squeeze(-1)
+        return self.head(h.to(self.head.weight.dtype)).squeeze(-1)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) ids, mask 1 = real -> (B,) the value at the last real token, wherever the padding is."""
@@ -288,13 +288,14 @@ def prepare(cfg: Config, tokenizer) -> tuple[list[dict], list[dict]]:
 
 def main(cfg: Config) -> bool:
     # ---- setup: device, model, adapter, head
+    chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "reward", batch=2 * cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
-                                           targets=cfg.lora_targets, dtype=world.dtype,
-                                           checkpointing=cfg.checkpointing))
+                                           targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
     chat.use_format(tokenizer, cfg.template)

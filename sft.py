@@ -41,7 +41,7 @@ class Config:
     valid: str = ""                    # held-out file; empty: the last valid_share of data is held out
     valid_share: float = 0.05          # ignored when valid is given
     format: str = "auto"               # name the format of data when sniffing guesses wrong
-    template: str = ""                 # alpaca, vicuna, chatml, llama2, llama3 or zephyr; empty: the model's own format
+    template: str = ""                 # a chat format, say chatml (help: a list); empty: the model's own
     skip_bad: bool = False             # go on past rows that cannot be read (they are counted) instead of stopping
     max_len: int = 512                 # tokens per row; longer conversations are cut and counted
     packing: bool = True               # several conversations in one row, none sees another; off: one per row
@@ -89,7 +89,12 @@ def loss(logits: Tensor, ids: Tensor, mask: Tensor, n_tokens: float | None = Non
 def nll(logits: Tensor, targets: Tensor, n_tokens: float | None = None) -> Tensor:
     """(N, V), (N,) -> sum of -log p in fp32 over n_tokens (default N; at least 1, so that nothing divides by zero)."""
     n = len(targets) if n_tokens is None else n_tokens
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, n)
+    return F.cross_entropy(widen(logits), targets, reduction="sum") / max(1, n)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least fp32; fp64 stays fp64, for tests in which nothing may hide in rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def batch_loss(model: Transformer, ids: Tensor, docs: Tensor | None, mask: Tensor,
@@ -195,13 +200,14 @@ def prepare(cfg: Config, tokenizer, pairs: bool = False) -> tuple[list[dict], li
 
 def main(cfg: Config) -> bool:
     # ---- setup: device, model, adapter
+    chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "sft", batch=cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
-                                           targets=cfg.lora_targets, dtype=world.dtype,
-                                           checkpointing=cfg.checkpointing))
+                                           targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
     if getattr(model, "bidirectional", False):

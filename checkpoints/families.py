@@ -476,8 +476,8 @@ def find(raw: dict, where="config.json") -> tuple[str, Family]:
     if not isinstance(name, str) or name not in FAMILIES:
         known = sorted(set(FAMILIES) | set(SAME))
         experts = any(raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
-        raise UserError(f"{where}: model_type {name!r} is not a family that is known; known: {', '.join(known)}. "
-                        + ("Mixtures of experts are left out on purpose" if experts else
+        raise UserError(f"{where}: model_type {repr(name)[:60]} is not a family that is known; known: "
+                        f"{', '.join(known)}. " + ("Mixtures of experts are left out on purpose" if experts else
                            "docs/families.md shows how to add one"))
     return name, FAMILIES[name]
 
@@ -497,4 +497,5 @@ def to_config(raw: dict, where) -> ModelConfig:
     except KeyError as missing:
         raise UserError(f"{where}: the config lacks {missing}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, IndexError) as error:
-        raise UserError(f"{where}: {error}. docs/families.md says what is known, and how to add to it") from None
+        raise UserError(f"{where}: {str(error)[:400]}. docs/families.md says what is known, and how to add to "
+                        "it") from None

@@ -173,9 +173,20 @@ class SentencePiece:
         self.vocab = {self.sp.id_to_piece(i): i for i in range(self.sp.vocab_size())}
         first = self.sp.encode("a")
         self.prefix = bool(first) and self.sp.id_to_piece(first[0]).startswith(BLOCK)
+        self.find_hidden: regex.Pattern | None = None
+
+    def hide(self, names) -> None:
+        """The library finds the user's own symbols wherever they stand (Gemma's <start_of_turn>): those that steer the
+        model shall be text there. They are cut behind their first character, and no longer found."""
+        hidden = {name: i for name, i in names.items() if len(name) > 1 and i in self.continued.encode(name)}
+        self.find_hidden = name_pattern(hidden, {})
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        return (self.sp if start else self.continued).encode(text)
+        ids, at = [], 0
+        for match in self.find_hidden.finditer(text) if self.find_hidden else ():
+            ids += (self.sp if start else self.continued).encode(text[at:match.start() + 1])
+            at, start = match.start() + 1, False
+        return ids + (self.sp if start else self.continued).encode(text[at:])
 
     def token_bytes(self, token: str) -> bytes:
         i = self.vocab[token]
@@ -222,7 +233,7 @@ class Tokenizer:
         parts: list[int | str] = [text]
         for pattern in patterns:
             if pattern is not None:
-                parts = [names.get(p, names.get(p.strip(), p)) if isinstance(p, str) else p for part in parts
+                parts = [name_id(p, names, pattern) if isinstance(p, str) else p for part in parts
                          for p in (cut(pattern, part) if isinstance(part, str) else [part])]
         return parts
 
@@ -267,6 +278,13 @@ def name_pattern(names: dict[str, int], shapes: dict[str, str]) -> regex.Pattern
     """The leftmost, then the longest name."""
     longest_first = sorted(names, key=len, reverse=True)
     return regex.compile("|".join(shapes.get(n, regex.escape(n)) for n in longest_first)) if names else None
+
+
+def name_id(piece: str, names: dict[str, int], pattern: regex.Pattern) -> int | str:
+    """The id of a name, also with the blanks that its shape takes along; else the piece itself."""
+    if piece in names:
+        return names[piece]
+    return names[piece.strip()] if piece.strip() in names and pattern.fullmatch(piece) else piece
 
 
 class Stream:

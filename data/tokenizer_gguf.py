@@ -26,21 +26,22 @@ def from_gguf(path: Path) -> Tokenizer | None:
         return None
     if kind not in READERS:
         raise UserError(f"{path}: a tokenizer of kind {kind!r} is not supported; known: {', '.join(READERS)}")
-    try:
-        tokens, types = [str(t) for t in meta["tokens"]], [int(t) for t in meta.get("token_type", [])]
-        bos, eos, eot, pad, unk = (None if (i := meta.get(f"{name}_token_id")) is None else int(i)
-                                   for name in ("bos", "eos", "eot", "padding", "unknown"))
-        core, merges, add_bos = READERS[kind](path, meta, tokens, types, unk)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: its tokenizer is incomplete or damaged: {type(error).__name__} {error}") from None
+    if missing := [k for k in ("tokens", "scores" if kind in ("llama", "t5") else "merges") if k not in meta]:
+        raise UserError(f"{path}: its tokenizer is incomplete: it lacks tokenizer.ggml.{missing[0]}")
+    tokens, types = [str(t) for t in meta["tokens"]], [int(t) for t in meta.get("token_type", [])]
+    bos, eos, eot, pad, unk = (None if (i := meta.get(f"{name}_token_id")) is None else int(i)
+                               for name in ("bos", "eos", "eot", "padding", "unknown"))
+    core, merges, add_bos = READERS[kind](path, meta, tokens, types, unk)
     # [PAD7] and the like fill the table up and are nobody's name.
     added = [{"content": t, "id": i, "special": types[i] == 3} for i, t in enumerate(tokens[:len(types)])
              if types[i] in (3, 4) and t and not re.fullmatch(r"\[PAD\d+\]", t)]
     n = len(tokens)
     bos, eos, eot, pad, unk = (i if i is not None and 0 <= i < n else None for i in (bos, eos, eot, pad, unk))
     template = meta.get("tokenizer.chat_template")
-    return build(core, added, {**NO_SETTINGS, "template": template if isinstance(template, str) else None}, bos=bos,
-                 eos=[i for i in (eos, eot) if i is not None], pad=unk if pad is None else pad, vocab_size=n,
+    settings = {**NO_SETTINGS, "template": template if isinstance(template, str) else None,
+                "name": str(meta.get("general.name", path.stem))}
+    return build(core, added, settings, bos=bos, eos=[i for i in (eos, eot) if i is not None],
+                 pad=unk if pad is None else pad, vocab_size=n,
                  add_bos=bool(meta.get("add_bos_token", add_bos)), space_after=kind in ("llama", "t5"),
                  files=lambda t: json_files(t, merges()) if merges else {})
 

@@ -15,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")             # kernels read it when imported: they run on a CPU then
+
 from hypothesis import settings  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 

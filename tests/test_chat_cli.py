@@ -449,7 +449,7 @@ def test_a_model_without_a_tokenizer(cli, dice):
 
 @pytest.mark.parametrize("argv, message", [
     (["a", "b"], "--compare a b"), (["--compare"], "two different models"), (["--compare", "a", "a"], "two different"),
-    (["--template", "chatlm"], "template is 'chatlm', expected one of"), (["--temperature", "-1"], "0 or more"),
+    (["--template", "chatlm"], "--template chatlm is unknown; known"), (["--temperature", "-1"], "0 or more"),
     (["--top_p", "0"], "above 0"), (["--max_new_tokens", "0"], "1 or more"), (["--out", "x"], "nothing without"),
     (["--seed", "9" * 20], "less than"), (["--prompt", "x", "--prompts", "y"], "when there is --prompt")])
 def test_mistakes_on_the_command_line(argv, message):

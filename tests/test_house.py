@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = ["sampling", "model", "lora", "data", "sft", "reward", "ppo"]
 LEAVES = {"common", "memory", "checkpoints", "kernels"}
 ALLOWED = {"torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "regex", "jinja2"}
-OPTIONAL = {"demo.py": {"vaderSentiment"}, "data/tokenizer_makers.py": {"jieba"}, "bench.py": {"transformers", "peft"},
+OPTIONAL = {"demo.py": {"vaderSentiment"}, "bench.py": {"transformers", "peft"},
+            "data/tokenizer_makers.py": {"jieba"},
+            "kernels/backend.py": {"triton"}, "kernels/bench_rows.py": {"liger_kernel", "trl", "cut_cross_entropy"},
             "checkpoints/__init__.py": {"huggingface_hub"}}
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("checkpoints/*.py"),
                              *ROOT.glob("kernels/*.py")])

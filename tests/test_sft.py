@@ -235,6 +235,26 @@ def test_s8_packed_rows_do_not_see_each_other():
     assert abs(leaky.item() / sum(alone).item() - 1) > 1e-3, "the example must tell the two apart"
 
 
+@pytest.mark.parametrize("positions, more", [("rope_2d", {}), ("learned_2d", {}), ("alibi", {}), ("learned", {}),
+                                             ("rope", {"window": 4})])
+def test_s8_packed_rows_of_other_families(positions, more):
+    """(S8) Also where each document has a prompt that sees all of itself (GLM: a b [gMASK] <sop> answer), where the
+    distance counts, and where positions are rows of a table."""
+    glm = positions.endswith("2d")
+    model = tiny_model(positions=positions, prefix_ids=(90, 91, 92)[:3 * glm], **more).double()
+    rows = talks((9, 12, 7), seed=5)
+    for row in rows if glm else ():
+        at = row["mask"].index(1)
+        row["ids"] = [i % 90 for i in row["ids"][:at]] + [91, 90] + [i % 90 for i in row["ids"][at:]]
+        row["mask"] = [0, 0] + row["mask"]
+    n = sum(sum(row["mask"]) for row in rows)
+    ids, docs, mask = sft.collate([packed(rows)], PAD, "cpu")
+    alone = [sft.batch_loss(model, *batch(row), n) for row in rows]
+    assert_close(sft.batch_loss(model, ids, docs, mask)[None], sum(alone)[None], 1e-6)
+    assert_same_gradients(gradients(model, sft.batch_loss(model, ids, docs, mask)), gradients(model, *alone), 1e-5)
+    assert abs(sft.batch_loss(model, ids, None, mask).item() / sum(alone).item() - 1) > 1e-3
+
+
 def test_s8_s9_pack_keeps_every_supervised_token():
     """(S8, S9) data.batch.pack, then collate: the loss is that of the unpacked rows, also of a text that is supervised
     from its first token: that token has nothing before it, and must not be predicted from the end of its neighbour."""

@@ -55,6 +55,7 @@ def neox_spec() -> dict:
     plain = {**spec["added_tokens"][0], "special": False}
     spec["added_tokens"] += [{**plain, "id": n + i, "content": " " * k, "normalized": k % 2 == 0}
                              for i, k in enumerate(n for n in range(24, 1, -1) if n != 4)]
+    spec["added_tokens"].append({**plain, "id": n + 22, "content": "<x>", "normalized": True})
     return {**spec, "normalizer": {"type": "NFC"}}
 
 
@@ -101,7 +102,7 @@ def normalized_words_spec() -> dict:
 SPECS = {**{kind: (lambda kind=kind: byte_spec(kind)) for kind in BYTE_KINDS}, "neox": neox_spec, "gpt-1": gpt1_spec,
          **{kind: (lambda kind=kind: unigram_spec(kind)) for kind in ("unigram", "unigram bytes", "unigram first")},
          "normalized words": normalized_words_spec}
-OWN = [*SAMPLES, "<x> a<x> <x>  <x>b two words two w",
+OWN = [*SAMPLES, "  <x>", " <x>\n", "<x> a<x> <x>  <x>b two words two w",
        "Caf\u00e9 \ufb01 \uff21\u2460 \u0410\u0301", "\u0000\u0007x\ufffdy \u2028z"]
 
 

@@ -1,0 +1,111 @@
+"""On a GPU only: the real tile sizes, which no interpreter can run, on several tiles, twice, in half precision.
+The other tests of kernels run there too, in fp32, fp16 and bf16:   pytest tests/test_kernels_*.py -n 8"""
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import check, kernels_only, leaf, random  # noqa: F401
+
+from kernels import attention as A
+from kernels import decode as D
+from kernels import glu, head, norm
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def gradients(function, inputs, given):
+    inputs = [leaf(x) for x in inputs]
+    out = function(*inputs)
+    return out, *torch.autograd.grad(out, inputs, given.to(out.dtype))
+
+
+def compare(function, reference, inputs, given, names):
+    """Against float64, no worse than 1.5 times the same in eager half precision (plus what rounds to nothing), twice
+    the same bits."""
+    ours, again = (gradients(function, inputs, given) for _ in range(2))
+    exact = gradients(reference, [x.double() for x in inputs], given.double())
+    plain = gradients(reference, inputs, given)
+    for name, a, b, e, p in zip(names, ours, again, exact, plain):
+        assert torch.equal(a, b), f"{name} differs from run to run"
+        eager = float((p.double() - e).norm() / e.norm())
+        check(a, e, min(1e-2, 1.5 * eager + 1e-3), name)
+
+
+@HALF
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("everything", [False, True], ids=["causal", "everything"])
+def test_attention_in_its_real_tiles(D, everything, dtype):
+    T = 700
+    docs = torch.ones(2, T, dtype=torch.int64)
+    docs[0, 300:], docs[0, 600:], docs[1, :77] = 2, 3, 0
+    spans = A.spans(T, docs=docs.cuda(), prefix=150, window=400) if everything else A.spans(T, device="cuda")
+    q = random(2, T, 4, D, dtype=dtype).transpose(1, 2)
+    k, v = (random(2, T, 2, D, dtype=dtype, seed=i).transpose(1, 2) for i in (1, 2))
+    options = (torch.tensor([0.3, 0.1, 0.05, 0.01], device="cuda"), 20.0) if everything else ()
+    compare(lambda *x: A.attention(*x, spans, *options), lambda *x: A.ref_attention(*x, spans, *options), (q, k, v),
+            random(2, 4, T, D, dtype=dtype, seed=3), ("out", "dq", "dk", "dv"))
+
+
+def test_a_window_over_a_long_row():
+    spans = A.spans(5000, window=300, device="cuda")
+    q, k, v, do = (random(1, 2, 5000, 64, dtype=torch.bfloat16, seed=i) for i in range(4))
+    compare(lambda *x: A.attention(*x, spans), lambda *x: A.ref_attention(*x, spans), (q, k, v), do,
+            ("out", "dq", "dk", "dv"))
+
+
+@HALF
+@pytest.mark.parametrize("H, K, dim", [(32, 8, 128), (8, 8, 64), (16, 1, 80), (8, 4, 256)])
+def test_decode(H, K, dim, dtype):
+    q, k, v = random(5, H, dim, dtype=dtype), random(5, K, 3000, dim, dtype=dtype, seed=1), \
+        random(5, 3000, K, dim, dtype=dtype, seed=2).transpose(1, 2)
+    lo = torch.tensor([0, 2999, 1000, 0, 64], dtype=torch.int32, device="cuda")
+    hi = torch.tensor([3000, 3000, 1700, 1, 128], dtype=torch.int32, device="cuda")
+    out = D.decode(q, k, v, lo, hi)
+    check(out, D.ref_decode(q.double(), k.double(), v.double(), lo, hi), 5e-3)
+    assert torch.equal(out, D.decode(q, k, v, lo, hi))
+
+
+@pytest.mark.parametrize("V", [32000, 128256, 50257])
+def test_head_in_chunks_of_its_real_size(V, monkeypatch):
+    """Chunks of 512 rows; the products need no multiple of anything (50,257)."""
+    monkeypatch.setattr(head, "BUDGET", {"cuda": 512 * V * 2, "cpu": 1})
+    h, w = random(1100, 256, dtype=torch.bfloat16), random(V, 256, dtype=torch.bfloat16, seed=1, scale=0.05)
+    targets = torch.randint(0, V, (1100,), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    compare(lambda *x: head.linear_cross_entropy(*x, targets, torch.tensor(1 / 1100)),
+            lambda h, w: F.cross_entropy(F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32)), targets),
+            (h, w), torch.ones((), device="cuda"), ("loss", "dh", "dw"))
+
+
+@HALF
+@pytest.mark.parametrize("C", [576, 4096, 8192])
+def test_norms(C, dtype):
+    for layer in (False, True):
+        compare(lambda x, w, layer=layer: norm.norm(x, w, None, 1e-5, layer, None),
+                lambda x, w, layer=layer: norm.ref_norm(x, w, None, 1e-5, layer),
+                (random(3000, C, dtype=dtype), random(C, dtype=dtype, seed=1)), random(3000, C, dtype=dtype, seed=2),
+                ("y", "dx", "dw"))
+
+
+@HALF
+def test_glu(dtype):
+    gate, up = random(512, 11008, dtype=dtype), random(512, 11008, dtype=dtype, seed=1)
+    for kind in glu.KINDS:
+        compare(lambda *x, kind=kind: glu.glu(*x, kind), lambda *x, kind=kind: glu.ref_glu(*x, kind), (gate, up),
+                random(512, 11008, dtype=dtype, seed=2), ("h", "dgate", "dup"))
+
+
+def test_a_decoding_step_in_a_cuda_graph():
+    """The lengths live on the device: a captured step serves every length."""
+    q = random(4, 8, 64, dtype=torch.bfloat16)
+    k, v = (random(4, 2, 500, 64, dtype=torch.bfloat16, seed=i) for i in (1, 2))
+    lo, hi = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.full((4,), 100, dtype=torch.int32, device="cuda")
+    D.decode(q, k, v, lo, hi)
+    torch.use_deterministic_algorithms(False)                          # filling memory with NaN is no part of the step
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = D.decode(q, k, v, lo, hi)
+    for n in (100, 7, 500):
+        hi.fill_(n)
+        graph.replay()
+        check(out, D.ref_decode(q.double(), k.double(), v.double(), lo, hi), 5e-3, f"length {n}")

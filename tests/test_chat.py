@@ -283,10 +283,12 @@ def test_all_built_in_formats_are_in_these_tests():
 
 
 def in_format(tokenizer: Tokenizer, name: str) -> Tokenizer:
-    """The same tokenizer in another format, "jinja x" = the template x; it stops where the format ends an answer."""
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.eos_ids, tokenizer.chat_template = list(tokenizer.eos_ids), JINJA.get(name.removeprefix("jinja "))
+    """The same tokenizer in another format, "jinja x" = the template x. It stops at the format's end of an answer, but
+    not only and not first there, as many models do."""
+    ends, tokenizer = tokenizer.eos_ids, copy.copy(tokenizer)
+    tokenizer.eos_ids, tokenizer.chat_template = list(ends), JINJA.get(name.removeprefix("jinja "))
     chat.use_format(tokenizer, "" if name.startswith("jinja") else name)
+    tokenizer.eos_ids = ends + [i for i in tokenizer.eos_ids if i not in ends]
     return tokenizer
 
 
@@ -345,6 +347,15 @@ def test_a_template_that_never_opens_an_answer(tokenizer):
     assert marked(tokenizer, messages("Hi", "Yes")).endswith("<|im_start|>assistant\n[[Yes<|im_end|>]]\n")
     tokenizer.chat_template = LLAMA2                      # here nothing is missing: only the answer brings a space
     assert marked(tokenizer, messages("Hi"), True) == "<s>[INST] Hi [/INST]"
+
+
+def test_ends_of_turns_that_the_settings_do_not_name(tokenizer, full):
+    """Many files name </s> alone: <|im_end|> ends an answer all the same. A token that opens a question does not."""
+    tokenizer.eos_ids, tokenizer.chat_template = tokenizer.eos_ids[:1], CHATML
+    assert marked(tokenizer, messages("Hi", "Yes", "And?", "No")).count("<|im_end|>]]") == 2
+    full.chat_template = jinja("baichuan", full)
+    assert marked(full, messages("Hi", "Yes", "And?", "No")) == (
+        "<reserved_106>Hi<reserved_107>Yes<reserved_106>And?<reserved_107>[[No</s>]]")
 
 
 def test_what_a_template_says_for_the_assistant_is_supervised(tokenizer):

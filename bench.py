@@ -15,6 +15,7 @@ is the most memory that the process had of its own, as seen from outside every 2
 top in `rss`, but its pages are the system's to take back. What no loader can be faster than stands beside: reading the
 file once (cold: its pages are dropped from the cache first), and copying it.
 """
+import importlib.metadata
 import json
 import math
 import os
@@ -274,8 +275,8 @@ def load_table(case: str, size: int, runs: dict[str, list[dict]]) -> dict:
                                           for key in ("load", "ready", "cpu", "private", "rss"))
         result[side] = {"ready_to_ours": ratio, "private_per_model": private / size, "rss_per_model": rss / size,
                         **{key: [r[key] for r in found] for key in ("load", "ready", "cpu")}}
-        print(f"  {side:14s} loaded {load:6.3f} s, ready {ready:6.3f} s ({ratio:5.2f}x ours; cpu {cpu:6.3f} s)   private "
-              f"{private / size:5.3f} of the model, with the file's pages {rss / size:5.3f}")
+        print(f"  {side:14s} loaded {load:6.3f} s, ready {ready:6.3f} s ({ratio:5.2f}x ours; cpu {cpu:6.3f} s)   "
+              f"private {private / size:5.3f} of the model, with the file's pages {rss / size:5.3f}")
     return result
 
 
@@ -285,7 +286,8 @@ def main(cfg: Config) -> None:
     if cfg.what not in ("train", "load"):
         raise common.UserError(f"--what {cfg.what} is unknown; known: train, load")
     if cfg.what == "load":
-        return load_once(cfg) if cfg.peer else write_figures(cfg, bench_load(cfg), {})
+        versions = {"transformers": importlib.metadata.version("transformers")}
+        return load_once(cfg) if cfg.peer else write_figures(cfg, bench_load(cfg), versions)
     if cfg.peer:
         return peer(Path(cfg.peer), cfg)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)

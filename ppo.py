@@ -578,7 +578,8 @@ def main(cfg: Config) -> bool:
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch,
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
-                                           lora_r=cfg.lora_r, targets=cfg.lora_targets, dtype=world.dtype,
+                                           lora_r=cfg.lora_r, dtype=world.dtype,
+                                           targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
                                            checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)

@@ -206,8 +206,8 @@ def main(cfg: Config) -> bool:
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "sft", batch=cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
-                                           targets=cfg.lora_targets, dtype=world.dtype,
-                                           checkpointing=cfg.checkpointing))
+                                           targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
     if getattr(model, "bidirectional", False):

@@ -100,7 +100,9 @@ def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
         if not base or not isinstance(base, str):
             raise UserError(f"{path} is an adapter that does not name its base: load the base with "
                             f"lora=[{str(path)!r}]")
-        if not Path(base).exists() and base in {repo for repo, _ in hub.NAMES.values()}:
+        if not Path(base).exists() and (path / base).exists():
+            base = path / base                               # as seen from the adapter
+        elif not Path(base).exists() and base in {repo for repo, _ in hub.NAMES.values()}:
             base = next(name for name, (repo, _) in hub.NAMES.items() if repo == base)
         where = resolve(base, network)
         source = formats.open_source(where)
@@ -121,7 +123,23 @@ def read_config(name_or_path: str | Path) -> object:
         return hub.config(text.lower())
     path = resolve(name_or_path)
     source, _ = open_any(path)
-    return families.to_config(source.config, source.path)
+    return families.to_config(source.config, source.config_file)
+
+
+def our_linears(name_or_path: str | Path, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of linears that may be those of the checkpoint's files -> ours; a dry run has no file to ask.
+    ("query_key_value", "dense") of ChatGLM-6B -> ("q_proj", "k_proj", "v_proj", "o_proj")"""
+    text = str(name_or_path).removeprefix("hub:")
+    if not Path(text).exists() and text.lower() in hub.NAMES:
+        family = families.FAMILIES[hub.family(text.lower())]
+    else:
+        source, _ = open_any(resolve(name_or_path))
+        family = families.find(source.config, source.path)[1]
+    found: dict[str, None] = {}
+    for target in targets:
+        ours = [o for theirs, o in family.names.items() if theirs.rpartition(".")[2] == target]
+        found |= dict.fromkeys(name.rpartition(".")[2] for name in " ".join(ours or [target]).split())
+    return tuple(found)
 
 
 # ---------------------------------------------------------------- load
@@ -134,9 +152,11 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     from data.tokenizer import load_tokenizer
     path = resolve(name_or_path, network)
     source, tokenizer_at = open_any(path, network)
+    formats.check_plain(source)
+    lora = [lora] if isinstance(lora, (str, Path)) else lora or ()
     adapters.apply(source, [Path(p) for p in lora], None if delta is None else resolve(delta), new_rows)
-    config = families.to_config(source.config, source.path)
-    family, raw = families.find(source.config, source.path)[1], source.config
+    config = families.to_config(source.config, source.config_file)
+    family, raw = families.find(source.config, source.config_file)[1], source.config
     files = stripped(source, family.prefixes)
     if family.prepare:
         family.prepare(files, config, raw)
@@ -149,6 +169,9 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
     recipes = fill(model, files, family, source, torch.device(device), dtype)
     model.origin = readers.Origin(family, raw, recipes)
     return model.eval(), load_tokenizer(tokenizer_at)
+
+
+FIX = "Take config.json and weights from the same place, and all of them: docs/families.md says what is known"
 
 
 def stripped(source: formats.Source, prefixes: tuple[str, ...]) -> dict[str, formats.Entry]:
@@ -207,8 +230,8 @@ def check_layers(files: dict, config: ModelConfig, family: readers.Family, sourc
             names = {layouts.strip(n, family.prefixes): n for n in source.entries}
             first = next(ours.split()[0] for ours in family.names.values() if ours.startswith(stack))
             first = layouts.their_name(first.replace("*", str(there)) + ".weight", family, names)
-            raise UserError(f"{source.path}: tensor {first} is missing: the config says {layers} layers, the file has "
-                            f"{there}")
+            raise UserError(f"{source.path}: tensor {first} is missing: the config says {layers} layers, "
+                            f"{source.weights()} has {there}. {FIX}")
 
 
 def settle_head(files: dict, config: ModelConfig, family: readers.Family) -> None:
@@ -238,19 +261,21 @@ def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Fami
     if missing := [n for n in wanted if n not in filled]:
         hint = f"; the file has {extra[0]} ({len(extra)} tensors without a place)" if extra else ""
         first = layouts.their_name(missing[0], family, as_there)
-        raise UserError(f"{where}: tensor {first} is missing ({len(missing)} of {len(wanted)} parameters){hint}")
+        raise UserError(f"{where}: tensor {first} is missing ({len(missing)} of {len(wanted)} parameters) in "
+                        f"{source.weights()}{hint}. {FIX}")
     if extra:
         file = source.entries[extra[0]].file.name if extra[0] in source.entries else where
         raise UserError(f"{where}: tensor {extra[0]} of {file} has no place in this model ({len(extra)} such tensors): "
-                        "the config does not describe this file")
+                        f"the config does not describe this file. {FIX}")
     layouts.check(recipes, files, as_there, where)
     for r in recipes:
         tensor, shown = files[r.file].read(), as_there.get(r.file, r.file)
         if tuple(tensor.shape) != r.shape:
             raise UserError(f"{where}: tensor {shown} was read as {tuple(tensor.shape)}, expected {r.shape}")
         if not tensor.dtype.is_floating_point:
-            raise UserError(f"{where}: tensor {shown} is {tensor.dtype}, not floating point: quantised weights are "
-                            "read from GGUF only")
+            raise UserError(f"{where}: tensor {shown} is {tensor.dtype}, not floating point, in "
+                            f"{files[r.file].file.name}: quantised weights are read from GGUF only. Take the model's "
+                            "original ones")
         for name, part in zip(r.ours, r.split(tensor)):
             parent, _, last = name.rpartition(".")
             exact = r.plus_one or (last in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16))

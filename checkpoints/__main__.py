@@ -93,7 +93,7 @@ def format_of(source: formats.Source) -> str:
 
 def show_config(source: formats.Source, line) -> None:
     try:
-        config = families.to_config(dict(source.config), source.path)
+        config = families.to_config(dict(source.config), source.config_file)
     except UserError as error:
         return line("config", f"cannot be loaded: {error}")
     default, always = ModelConfig(), ("vocab_size", "hidden_size", "num_layers", "num_heads")

@@ -131,7 +131,7 @@ def hf_config(config: ModelConfig, classifier: bool) -> dict:
     """Our config in the dialect that every version of transformers reads (rope_theta and rope_scaling on their own)."""
     kind = "ForSequenceClassification" if classifier else "ForCausalLM"
     qwen = config.qkv_bias and not config.out_bias
-    plain = ModelConfig(**{name: getattr(config, name) for name in PUBLIC}) == config
+    plain = all(getattr(config, f.name) == f.default for f in dataclasses.fields(ModelConfig) if f.name not in PUBLIC)
     names = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu_squared": "relu2"}
     plain &= (config.rope_scaling or {}).get("rope_type") != "factors" and config.activation in names
     if not plain or config.out_bias > config.qkv_bias or (qwen and config.mlp_bias):   # no public family does this

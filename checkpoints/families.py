@@ -475,13 +475,19 @@ def find(raw: dict, where="config.json") -> tuple[str, Family]:
     name = SAME.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in FAMILIES:
         known = sorted(set(FAMILIES) | set(SAME))
+        experts = any(raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         raise UserError(f"{where}: model_type {repr(name)[:60]} is not a family that is known; known: "
-                        f"{', '.join(known)}")
+                        f"{', '.join(known)}. " + ("Mixtures of experts are left out on purpose" if experts else
+                           "docs/families.md shows how to add one"))
     return name, FAMILIES[name]
 
 
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
 def to_config(raw: dict, where) -> ModelConfig:
-    raw = {key: value for key, value in raw.items() if value is not None}           # null means "not said"
+    # null means "not said", but of a soft cap "there is none".
+    raw = {key: 0.0 if value is None else value for key, value in raw.items() if value is not None or key in CAPS}
     for part in (raw, raw.get("model_config"), raw.get("text_config")):
         if isinstance(part, dict):
             check_numbers({key: value for key, value in part.items() if value is not None}, where)
@@ -491,4 +497,5 @@ def to_config(raw: dict, where) -> ModelConfig:
     except KeyError as missing:
         raise UserError(f"{where}: the config lacks {missing}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, IndexError) as error:
-        raise UserError(f"{where}: {str(error)[:400]}") from None
+        raise UserError(f"{where}: {str(error)[:400]}. docs/families.md says what is known, and how to add to "
+                        "it") from None

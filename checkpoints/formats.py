@@ -53,6 +53,16 @@ class Source:
     entries: dict[str, Entry] = field(default_factory=dict)
     patches: list = field(default_factory=list)            # adapters and deltas, in order (checkpoints/adapters.py)
 
+    @property
+    def config_file(self) -> Path:
+        """What to name when the config is wrong: config.json, params.json, or a file that has everything in it."""
+        return next((f for n in ("config.json", "params.json") if (f := self.path / n).exists()), self.path)
+
+    def weights(self) -> str:
+        """What to name when a tensor is missing."""
+        files = sorted({entry.file.name for entry in self.entries.values()}) or ["a file without tensors"]
+        return files[0] + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
+
     def read(self, name: str) -> Tensor:
         tensor = self.entries[name].read()
         for patch in self.patches:
@@ -95,6 +105,9 @@ def open_file(path: Path) -> Source:
     if path.name.startswith("consolidated"):
         return open_meta(path.parent)
     if path.suffix == ".json" or any(path.match(pattern) for pattern in HF_FILES):
+        if not (path.parent / "config.json").exists():
+            raise UserError(f"{path} has no config.json beside it, which says what model it is: take it from where the "
+                            "weights came from")
         return open_source(path.parent)
     if path.suffix in STATES and (path.parent / "config.json").exists():
         return Source(path.parent, read_json(path.parent / "config.json"), merge_files([path]))
@@ -370,7 +383,8 @@ def meta_config(folder: Path, shards: list[dict[str, Entry]]) -> dict:
     newest, oldest = config["rope_theta"] > 1e5, config["rms_norm_eps"] < 5e-6          # Llama 3, Llama 1: the length
     config["max_position_embeddings"] = 8192 if newest else 2048 if oldest else 4096    # is not written in the file
     if params.get("use_scaled_rope"):          # Meta's own code knows the factor by heart: 8, in 3.2's small models 32
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if config["hidden_size"] < 4096 else 8.0,
+        small = config["hidden_size"] in (2048, 3072)          # Llama 3.2's 1B and 3B
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0 if small else 8.0,
                                   "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                   "original_max_position_embeddings": 8192}
         config["max_position_embeddings"] = 131072

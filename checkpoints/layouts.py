@@ -156,18 +156,20 @@ def recipe(family, config: ModelConfig, raw: dict, file: str, ours: list[str], s
                   [family.factor(name, config, raw) for name in ours] if family.factor else None)
 
 
-def file_name(ours: str, family, prefix: str | None = None) -> str:
+def file_name(ours: str, family, prefix: str | None = None, there: Iterable[str] = ()) -> str:
     """What the family's files call one of our parameters, or a module of ours; prefix None: what transformers puts in
-    front."""
+    front. Where the family has several words for it, those of a file with the tensors `there`."""
     stem, number, suffix = split_name(ours)
-    theirs = next((n for n, o in family.names.items() if stem in o.split()), stem).replace("*", number or "0") + suffix
+    words, stems = [n for n, o in family.names.items() if stem in o.split()], {split_name(n)[0] for n in there}
+    theirs = next((n for n in words if n in stems), [*words, stem][0]).replace("*", number or "0") + suffix
     prefix = next(iter(family.prefixes), "") if prefix is None else prefix
     return theirs if stem == "lm_head" else prefix + theirs
 
 
 def their_name(ours: str, family, as_there: dict[str, str]) -> str:
     """The same under the prefix of this file, for an error message."""
-    return file_name(ours, family, next((full.removesuffix(n) for n, full in as_there.items() if full != n), ""))
+    prefix = next((full.removesuffix(n) for n, full in as_there.items() if full != n), "")
+    return file_name(ours, family, prefix, as_there)
 
 
 def check(recipes: list[Recipe], files: Entries, as_there: dict[str, str], where) -> None:
@@ -177,7 +179,8 @@ def check(recipes: list[Recipe], files: Entries, as_there: dict[str, str], where
         there, shown = tuple(files[r.file].shape), as_there.get(r.file, r.file)
         if there != r.shape:
             what = f" ({' + '.join(o.split('.')[-2] for o in r.ours)})" if len(r.ours) > 1 else ""
-            raise UserError(f"{where}: tensor {shown} is {there}, the config asks for {r.shape}{what}")
+            raise UserError(f"{where}: tensor {shown} is {there}, the config asks for {r.shape}{what}, in "
+                            f"{files[r.file].file.name}: the config is of another model, or the file is damaged")
         for name in r.ours:
             if name in seen:
                 raise UserError(f"{where}: tensors {seen[name]} and {shown} are both {name}: the file holds two models")

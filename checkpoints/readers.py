@@ -81,6 +81,11 @@ def read(raw: dict, act: str, **known) -> ModelConfig:
 def rope(raw: dict, theta: float = 10000.0, part: float = 1.0, size: int | None = None) -> dict:
     """rope_theta, rope_scaling and rope_dim of any dialect. part: the share of a head (of `size`) that turns, if the
     file does not say it."""
+    for key in ("rope_parameters", "rope_scaling"):
+        there = raw.get(key) or {}
+        if not isinstance(there, dict) or any(isinstance(v, str) for k, v in there.items() if k not in ("type",
+                                                                                                        "rope_type")):
+            raise ValueError(f"{key} is {str(there)[:100]}, expected an object of numbers")
     new = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or {k: v for k, v in new.items() if k not in ("rope_theta",
                                                                                      "partial_rotary_factor")}

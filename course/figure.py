@@ -33,6 +33,7 @@ class Panel:
     y: str = ""
     bottom: float | None = None        # values that the axis ends at; None: what the points span
     top: float | None = None
+    legend: str = "top"                # top: at the right; bottom: at the left, above the axis
 
 
 def number(v: float) -> str:
@@ -75,8 +76,10 @@ def draw(panel: Panel, across: float, down: float) -> str:
     parts.append(f'<text x="{across + LEFT}" y="{down + 26}">{html.escape(panel.y)}</text>' if panel.y else "")
     legend = [line for line in panel.lines if line.label]
     for k, line in enumerate(legend):
-        row = down + 26 + 13 * k
-        parts.append(f'<text x="{right}" y="{row}" text-anchor="end" style="fill:{line.colour}">'
+        row, column, anchor = down + 26 + 13 * k, right, "end"
+        if panel.legend == "bottom":
+            row, column, anchor = floor - 7 - 13 * (len(legend) - 1 - k), across + LEFT + 6, "start"
+        parts.append(f'<text x="{column}" y="{row}" text-anchor="{anchor}" style="fill:{line.colour}">'
                      f'{html.escape(line.label)}</text>')
     for line in panel.lines:
         if line.band:

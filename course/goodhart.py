@@ -303,16 +303,16 @@ def curve(results: list[dict], key: str, what: str, over: str = "distance") -> l
     return seeds
 
 
-def line(seeds: list[list[tuple[float, float]]], colour: str, name: str, width: float = 0.25,
-         dashed: bool = False) -> figure.Line:
-    """Median and range over seeds, as far as every seed goes."""
+def line(seeds: list[list[tuple[float, float]]], colour: str, name: str, width: float = 0.25) -> figure.Line:
+    """Median and range over seeds, as far as every seed goes; width 0: all have the same x, and nothing is smoothed."""
     end = min(max(x for x, _ in points) for points in seeds)
-    at = [end * i / 60 for i in range(61)]
-    columns = [(x, [y for y in ys if y is not None]) for x, *ys in zip(at, *(smooth(p, at, width) for p in seeds))]
+    at = [end * i / 60 for i in range(61)] if width else [x for x, _ in seeds[0]]
+    smoothed = [smooth(points, at, width) if width else [y for _, y in points] for points in seeds]
+    columns = [(x, [y for y in ys if y is not None]) for x, *ys in zip(at, *smoothed)]
     columns = [(x, ys) for x, ys in columns if len(ys) == len(seeds)]
     return figure.Line([(x, statistics.median(ys)) for x, ys in columns],
                        [(x, min(ys), max(ys)) for x, ys in columns] if len(seeds) > 1 else [], colour, name,
-                       dashed=dashed)
+                       dashed=not width)
 
 
 BLUE, RED, GREEN, GREY = "#2c6fbb", "#c0392b", "#2e8b57", "#8a8a8a"
@@ -324,18 +324,17 @@ def draw(result: dict) -> str:
     middle, distance = labels[len(labels) // 2], "sqrt(KL to the fine-tuned model), nats"
     free, best = f"{middle} labels, beta {betas[0]:g}", str(middle)
     first = [line(curve(runs, free, "proxy"), RED, "proxy, PPO"), line(curve(runs, free, "gold"), BLUE, "gold, PPO"),
-             line(curve(runs, best, "proxy", "n"), RED, "proxy, best of n", 0.1, True),
-             line(curve(runs, best, "gold", "n"), BLUE, "gold, best of n", 0.1, True)]
+             line(curve(runs, best, "proxy", "n"), RED, "proxy, best of n (dashed)", 0),
+             line(curve(runs, best, "gold", "n"), BLUE, "gold, best of n (dashed)", 0)]
     by_labels = [line(curve(runs, f"{n} labels, beta {betas[0]:g}", "gold"), colour, f"{n} labels")
                  for n, colour in zip(labels, (GREY, BLUE, GREEN))]
     by_beta, proxies = ([line(curve(runs, f"{middle} labels, beta {b:g}", what, "update"), colour, f"beta {b:g}", 1.5)
                          for b, colour in zip(betas, (BLUE, RED, GREEN))] for what in ("gold", "proxy"))
-    panels = [figure.Panel(f"{free}: the proxy rises, the truth falls", first, distance, "std of SFT answers"),
-              figure.Panel(f"gold, beta {betas[0]:g}: more labels, a later peak", by_labels, distance, "gold"),
-              figure.Panel(f"gold, {middle} labels: the price of KL", by_beta, "updates", "gold"),
-              figure.Panel("proxy of the same runs: all that a log shows", proxies, "updates", "proxy")]
-    return figure.grid(panels, columns=2, title=f"Over-optimisation of a learned reward (median and range of "
-                       f"{len(runs)} seeds)")
+    panels = [figure.Panel(f"PPO and best of n, {free}", first, distance, "std of SFT answers", legend="bottom"),
+              figure.Panel(f"gold by labels, beta {betas[0]:g}", by_labels, distance, "gold", legend="bottom"),
+              figure.Panel(f"gold by the price of KL, {middle} labels", by_beta, "updates", "gold", legend="bottom"),
+              figure.Panel("proxy of the same runs", proxies, "updates", "proxy")]
+    return figure.grid(panels, columns=2, title=f"Over-optimisation, median and range of {len(runs)} seeds")
 
 
 def peaks(runs: list[dict], key: str) -> list[dict[str, float]]:

@@ -88,18 +88,23 @@ def everything() -> ppo.Rollout:
 # ---------------------------------------------------------------- models
 
 def network(seed: int, width: int = 64) -> Transformer:
-    """A random transformer whose logits are of order 1: every answer can be sampled, none is certain. Where rare
-    answers were never drawn, what training cannot find would look like a bug. Positions are learned: RoPE would forgive
-    positions that count the padding."""
+    """A random transformer with small logits: every answer can be sampled, none is certain. Where rare answers are
+    never drawn, what training cannot find would look like a bug. The head reads a quarter of the channels, which are
+    quiet at first: large logits are within reach, also for adapters below a frozen head. Positions are learned: RoPE
+    would forgive positions that count the padding."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(ModelConfig(vocab_size=4, hidden_size=width, intermediate_size=2 * width, num_layers=2,
                                     num_heads=4, max_positions=32, positions="learned"))
+    quiet = torch.where(torch.arange(width) < width * 3 // 4, 1.0, 0.15)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2:
-                root = math.sqrt(p.shape[1])
-                gain = {"lm_head": 0.6, "embed_tokens": root, "embed_positions": root / 2}.get(name.split(".")[0], 1.0)
-                p.copy_(torch.randn(p.shape, generator=generator) * gain / math.sqrt(p.shape[1]))
+                p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[1]))
+            if name.startswith("embed"):
+                p.mul_(math.sqrt(width) * quiet)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.mul_(quiet[:, None])
+        model.lm_head.weight.mul_(4 * (quiet < 1))
     return model
 
 

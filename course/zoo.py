@@ -41,9 +41,10 @@ SETTINGS = {"adaptive_kl_inverted": {"kl_target": 1.0, "kl_horizon": 1000, "kl_c
 class Config:
     # --- zoo ---
     seeds: tuple[int, ...] = (0, 1, 2)  # of the curves
-    steps: int = 40                    # updates of a curve
+    steps: int = 20                    # updates of a curve
     batch_size: int = 64               # answers per update
     out_dir: str = str(RESULTS)
+    only: tuple[str, ...] = ()         # bugs; empty: all
     resume: bool = False               # keep the bugs that zoo.json holds already
     draw: bool = False                 # only draw again what zoo.json holds
 
@@ -54,8 +55,8 @@ def ppo_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
     """The log of ppo.py, every fifth update with the exact figures."""
     settings = {"micro_batch": cfg.batch_size, **settings}
     run = tree.config(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, **settings)
-    rows = tree.train(tree.build(run), run, every=5)
-    return {name: [[row["step"], round(row[name], 6)] for row in rows if name in row] for name in rows[4]
+    rows = tree.train(tree.build(run), run, every=2)
+    return {name: [[row["step"], round(row[name], 6)] for row in rows if name in row] for name in rows[-1]
             if name != "step" and not name.startswith("time/")}
 
 
@@ -148,14 +149,14 @@ def measure(cfg: Config, file: Path) -> dict:
         if all(old[key] == value for key, value in settings.items()):
             result = old
     for name, item in bugs.BUGS.items():
-        if name in result["bugs"]:
+        if name in result["bugs"] or (cfg.only and name not in cfg.only):
             continue
-        settings = SETTINGS.get(name, {})
-        key = f"{item.stage} {json.dumps(settings)}"
+        changes = SETTINGS.get(name, {})
+        key = f"{item.stage} {json.dumps(changes)}"
         if key not in result["sound"]:
-            result["sound"][key] = curves(cfg, item.stage, settings, None)
+            result["sound"][key] = curves(cfg, item.stage, changes, None)
         result["bugs"][name] = {"stage": item.stage, "sound": key, "caught": judge(name),
-                                "curves": curves(cfg, item.stage, settings, name)}
+                                "curves": curves(cfg, item.stage, changes, name)}
         common.atomic_write(file, json.dumps(result) + "\n")
         print(f"{name:24} {last(result['bugs'][name], item.stage):>28}   {', '.join(result['bugs'][name]['caught'])}",
               flush=True)

@@ -4,6 +4,7 @@ original's format) and read by ours, or written by ours and read by theirs; then
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import lora
-from checkpoints import export
+from checkpoints import export, formats
 from common import UserError
 from data import chat
 from data.tokenizer import BYTE_TO_CHAR, GPT2, ByteBPE, Tokenizer, load_tokenizer
@@ -258,10 +259,20 @@ def test_meta_files_of_llama_1_name_no_kv_heads_and_those_of_3_scale(tmp_path):
     theirs, _ = twins(config := tiny_config(num_kv_heads=4, norm_eps=1e-6))
     write_meta(tmp_path / "one", theirs, config, 1, 1)
     assert check(tmp_path / "one", theirs).config.max_positions == 2048
-    scaling = {**ROPES["llama3"], "factor": 32.0, "original_max_position_embeddings": 8192}
+    scaling = {**ROPES["llama3"], "factor": 8.0, "original_max_position_embeddings": 8192}
     theirs, _ = twins(config := tiny_config(rope_theta=5e5, rope_scaling=scaling))
     write_meta(tmp_path / "three", theirs, config, 1, 1, n_kv_heads=2, rope_theta=5e5, use_scaled_rope=True)
     assert check(tmp_path / "three", theirs).config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize("size, factor", [(2048, 32.0), (3072, 32.0), (4096, 8.0), (48, 8.0)])
+def test_meta_files_do_not_say_by_which_factor_they_scale(size, factor, tmp_path):
+    """Llama 3.2's two small models scale by 32; every other one by the 8 of Meta's code."""
+    sizes = {"dim": size, "n_layers": 1, "n_heads": 4, "norm_eps": 1e-5, "rope_theta": 5e5, "use_scaled_rope": True}
+    (tmp_path / "params.json").write_text(json.dumps(sizes), encoding="utf-8")
+    first = formats.Entry((80, size), lambda: None, tmp_path)
+    config = formats.meta_config(tmp_path, [{"layers.0.feed_forward.w1.weight": first}])
+    assert config["rope_scaling"]["factor"] == factor
 
 
 def test_meta_files_with_a_gap_are_refused(tmp_path):
@@ -368,6 +379,9 @@ def test_an_adapter_directory_is_a_model(saved, tmp_path):
     edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(folder))
     check(tmp_path / "adapter", model)
     assert checkpoints.read_config(tmp_path / "adapter") == tiny_config()
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="../hf")       # as seen from the adapter
+    check(tmp_path / "adapter", model)
+    check(folder, model, lora=tmp_path / "adapter")           # one adapter need not be a list
     edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(UserError, match="does not name its base"):
         checkpoints.load(tmp_path / "adapter")
@@ -715,7 +729,23 @@ def test_tensors_that_do_not_fit(wrong, saved):
     rewrite(saved[0], change)
     with pytest.raises(UserError, match=words) as error:
         checkpoints.load(saved[0])
-    assert str(saved[0]) in str(error.value)
+    assert str(saved[0]) in str(error.value) and "model.safetensors" in str(error.value)
+
+
+def test_a_missing_tensor_is_called_as_in_this_file(tmp_path):
+    """OPT's out_proj, the ln_attn of Falcon 40B: where a family has two words for a tensor, the file's own."""
+    import transformers
+    sizes = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    falcon = sizes | {"new_decoder_architecture": True, "num_kv_heads": 2}
+    for kind, config, lost in (("OPT", sizes | {"ffn_dim": 100, "word_embed_proj_dim": 48},
+                                "model.decoder.layers.1.self_attn.out_proj.weight"),
+                               ("Falcon", falcon, "transformer.h.1.ln_attn.weight")):
+        folder = tmp_path / kind
+        getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**config)).save_pretrained(
+            folder)
+        rewrite(folder, lambda t, lost=lost: t.pop(lost))
+        with pytest.raises(UserError, match=f"tensor {re.escape(lost)} is missing"):
+            checkpoints.load(folder)
 
 
 WRONG_CONFIGS = {
@@ -723,6 +753,12 @@ WRONG_CONFIGS = {
     "no family": ({"model_type": None}, "model_type None is not a family"),
     "rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
              "unknown rope type 'spiral'; known: default, linear, dynamic, llama3, yarn"),
+    "rope of words": ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": "two"}},
+                      "rope_scaling is .*two.*, expected an object of numbers"),
+    "rope list": ({"rope_parameters": None, "rope_scaling": [2.0]}, "rope_scaling is .*, expected an object of numb"),
+    "experts": ({"model_type": "mixtral", "num_local_experts": 8},
+                "model_type 'mixtral' is not .*Mixtures of experts are left out on purpose"),
+    "packed": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "packed by 'awq'.*original weights"),
     "rope key": ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
     "activation": ({"hidden_act": "swishy"}, "unknown activation 'swishy'; known: silu"),
     "no size": ({"intermediate_size": None}, "the config lacks 'intermediate_size'"),
@@ -741,6 +777,7 @@ def test_configs_that_are_not_understood(wrong, saved):
     with pytest.raises(UserError, match=words) as error:
         checkpoints.load(saved[0])
     assert str(saved[0]) in str(error.value)
+    assert wrong == "wider" or wrong == "packed" or str(saved[0] / "config.json") in str(error.value)
 
 
 def test_config_that_is_no_json(saved):
@@ -820,8 +857,11 @@ def test_places_without_a_checkpoint(tmp_path, saved):
     (saved[0] / "config.json").rename(saved[0] / "config.yaml")
     with pytest.raises(UserError, match=r"it has model\.safetensors but no config\.json"):
         checkpoints.load(saved[0])
+    (saved[0] / "model.safetensors").rename(saved[0] / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin has no config\.json beside it"):
+        checkpoints.load(saved[0])
     (saved[0] / "config.yaml").rename(saved[0] / "config.json")
-    (saved[0] / "model.safetensors").unlink()
+    (saved[0] / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="has a config.json but no weights"):
         checkpoints.load(saved[0])
 
@@ -932,6 +972,27 @@ def test_loading_needs_the_model_and_one_tensor(kind, tmp_path):
     size, most = map(int, subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split())
     largest = 4 * 2048 * 512
     assert 0.95 * size < most < size + largest + 20e6, f"{most / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+
+
+def test_loading_does_not_wake_the_compiler(saved):
+    """torch's compiler with all it imports costs more time and memory than the weights of a small model."""
+    code = ("import sys, checkpoints; checkpoints.load(sys.argv[1]); "
+            "print([m for m in ('sympy', 'torch._dynamo', 'torch._inductor') if m in sys.modules])")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, saved[0]], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done
+
+
+def test_hollow_models_are_the_same_models():
+    """Only the first random numbers are missing: names, shapes, types and buffers are there."""
+    whole = checkpoints.build(tiny_config())
+    with checkpoints.hollow():
+        hollow = checkpoints.build(tiny_config())
+    assert all(p.is_meta for p in hollow.parameters())
+    assert ([(n, p.shape, p.dtype, p.requires_grad) for n, p in whole.named_parameters()]
+            == [(n, p.shape, p.dtype, p.requires_grad) for n, p in hollow.named_parameters()])
+    assert [n for n, _ in whole.named_buffers()] == [n for n, _ in hollow.named_buffers()]
+    assert float(torch.nn.Linear(9, 9).weight.detach().abs().sum()) > 0                    # outside, all is as it was
 
 
 # ---------------------------------------------------------------- the command line

@@ -64,12 +64,17 @@ MODELS = {
     "gemma": ("Gemma", SIZES | GQA | {"head_dim": 20}),
     "gemma2": ("Gemma2", SIZES | GQA | {"head_dim": 20, "sliding_window": 6, "query_pre_attn_scalar": 17,
                                         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    "gemma2 uncapped": ("Gemma2", SIZES | GQA | {"head_dim": 20, "attn_logit_softcapping": None,      # null in the file
+                                                 "final_logit_softcapping": None}),
     "gemma3": ("Gemma3", SIZES | GQA | {"head_dim": 20, "sliding_window": 6, "num_hidden_layers": 7}),
     "phi": ("Phi", SIZES | {"intermediate_size": 100, "partial_rotary_factor": 0.5}),
     "phi norms": ("Phi", SIZES | {"intermediate_size": 100, "partial_rotary_factor": 0.34, "qk_layernorm": True}),
     "phi3": ("Phi3", SIZES | GQA | {"sliding_window": 9}),
     "phi3 long": ("Phi3", SIZES | GQA | {"max_position_embeddings": 128, "original_max_position_embeddings": 64,
                                          "rope_parameters": LONG}),
+    "phi4 mini long": ("Phi3", SIZES | GQA | {"max_position_embeddings": 128, "original_max_position_embeddings": 64,
+                                              "rope_parameters": LONG | {"partial_rotary_factor": 0.5, "short_factor": [
+                                                  1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 3.0]}}),
     "phi4 mini": ("Phi3", SIZES | GQA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                              "partial_rotary_factor": 0.5}}),
     "olmo": ("Olmo", SIZES | GQA | {"clip_qkv": 0.8}), "olmo2": ("Olmo2", SIZES | GQA),

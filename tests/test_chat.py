@@ -509,6 +509,12 @@ def test_what_a_model_without_a_template_gets(tokenizer, full):
         chat.use_format(full, "help")
 
 
+def test_what_a_model_goes_on_with_where_answers_have_no_end_token():
+    assert [chat.next_question(name) for name in ("chatrwkv", "baize", "vicuna_v0", "baichuan", "robin", "falcon")] == [
+        "\nBob:", "\n[|Human|]", "\n### Human:", "<reserved_106>", "\n###Human:", "\nUser:"]
+    assert {chat.next_question(name) for name in ("chatml", "vicuna", "chatglm", "moss", "plain", "{{ x }}")} == {""}
+
+
 def test_use_format_takes_the_name_then_the_model_s_own_then_a_default(tokenizer):
     tokenizer.eos_ids = tokenizer.eos_ids[:1]                 # </s> alone
     assert chat.use_format(tokenizer) == "chatml"             # its tokens are in the vocabulary

@@ -1,6 +1,7 @@
 """data/chat.py: what a conversation becomes. One pass, prompts are prefixes, one BOS, the end token supervised, and
 nothing that a user types can pretend to be the format."""
 import copy
+import importlib
 import json
 
 import pytest
@@ -513,6 +514,13 @@ def test_what_a_model_goes_on_with_where_answers_have_no_end_token():
     assert [chat.next_question(name) for name in ("chatrwkv", "baize", "vicuna_v0", "baichuan", "robin", "falcon")] == [
         "\nBob:", "\n[|Human|]", "\n### Human:", "<reserved_106>", "\n###Human:", "\nUser:"]
     assert {chat.next_question(name) for name in ("chatml", "vicuna", "chatglm", "moss", "plain", "{{ x }}")} == {""}
+
+
+@pytest.mark.parametrize("script", ["sft", "reward", "ppo"])
+def test_every_script_refuses_an_unknown_format_before_it_loads_anything(script):
+    module = importlib.import_module(script)
+    with pytest.raises(UserError, match="--template nope is unknown; known:\n  chatml"):
+        module.main(module.Config(template="nope", dry_run=True))
 
 
 def test_use_format_takes_the_name_then_the_model_s_own_then_a_default(tokenizer):

@@ -248,7 +248,7 @@ def exact_attention(data: dict, train: bool) -> tuple:
     out = [torch.empty_like(data[n], dtype=torch.float32, requires_grad=False) for n in ("q", "q", "k", "v")]
     for b in range(B):
         spans = data["spans"]
-        row = attention.Spans(*(x[b:b + 1] if len(x) > 1 else x for x in spans[:4]), spans.plain)
+        row = attention.Spans(*(x[b:b + 1] if len(x) > 1 else x for x in spans[:4]), *spans[4:])
         for i in range(K):
             at, heads = (slice(b, b + 1), slice(i, i + 1)), slice(i * (H // K), (i + 1) * (H // K))
             q = data["q"][b:b + 1, heads].detach().float().requires_grad_()

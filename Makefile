@@ -1,6 +1,9 @@
 # make demo    the whole recipe on two CPU cores: SFT -> learned reward model -> PPO, a gate after each stage, a report
 # make test    every test; no network beyond the package install, no GPU
 # make bands   the demo with five seeds, written to course/expected/demo.json (hours on a laptop; the result is committed)
+# make proof   PPO against the exact answer, the reward model against its ceiling, and more: course/proof.py (half an hour)
+# make zoo     every certificate against every bug of course/bugs.py, with the curve each of them makes (half an hour)
+# make lab     the Goodhart laboratory, from nothing to its figure: over-optimisation, seen (ten minutes)
 # make bench   speed beside transformers + peft
 # Each target builds .venv first, and only when the requirements have changed. PYTHON=python3.12 make ... picks another one.
 
@@ -8,17 +11,27 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 SEEDS  ?= 0,1,2,3,4
+JOBS   ?= 2
 
-.PHONY: demo test bands bench lint clean
+.PHONY: demo test bands proof zoo lab bench lint clean
 
 demo: $(VENV)/core
 	$(PY) demo.py
 
 test: $(VENV)/test
-	$(PY) -m pytest tests -q --durations=15
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n $(JOBS) --dist worksteal --durations=15
 
 bands: $(VENV)/core
 	$(PY) demo.py --bands --seeds $(SEEDS) --out_dir out/bands
+
+proof: $(VENV)/core
+	$(PY) course/proof.py
+
+zoo: $(VENV)/core
+	$(PY) course/zoo.py
+
+lab: $(VENV)/core
+	$(PY) course/goodhart.py
 
 bench: $(VENV)/test
 	$(PY) bench.py

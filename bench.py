@@ -2,14 +2,25 @@
 
     python bench.py                                             # sampling and LoRA training beside transformers + peft
     python bench.py --repeats 7 --out docs/results/bench_cpu.json
+    python bench.py --what load --out docs/results/load_cpu.json      time and memory of loading, beside transformers
 
 Both sides have the model in the same dtype, a rank-16 adapter on all seven linears, the same prompts (left-padded) and
 the same training rows (right-padded). Sampling draws exactly `new_tokens` tokens a row on both sides: no end token
 stops it. transformers + peft run in a process of their own, as they do for their users: what we tell the allocator
 (common.keep_memory) would make them faster. The two processes take turns, and one waits while the other computes.
+
+Loading: a LLaMA of random weights, each load in a process of its own that has imported everything before the clock
+starts. `ready` is when every page of the weights was read once: a loader that only maps the file pays then. `private`
+is the most memory that the process had of its own, as seen from outside every 2 ms (RssAnon); the mapped file comes on
+top in `rss`, but its pages are the system's to take back. What no loader can be faster than stands beside: reading the
+file once (cold: its pages are dropped from the cache first), and copying it.
 """
 import json
+import math
+import os
 import platform
+import select
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +30,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 import checkpoints
 import common
@@ -27,11 +40,13 @@ import lora
 import sft
 from data import batch as data_batch
 from data import chat, formats
+from model import ModelConfig
 
 
 @dataclass
 class Config:
-    init: str = "smollm2-135m"         # the model on both sides
+    what: str = "train"                # train: sampling and a LoRA SFT step; load: time and memory of loading
+    init: str = "smollm2-135m"         # the model on both sides; --what load makes one of its own
     rows: int = 32                     # answers sampled at once
     new_tokens: int = 48               # tokens per answer
     train_rows: int = 16               # rows of a training step
@@ -41,7 +56,7 @@ class Config:
     device: str = "auto"
     dtype: str = "bf16"
     out: str = ""                      # write the figures there as JSON
-    peer: str = ""                     # set by bench.py itself: the folder of the other process
+    peer: str = ""                     # set by bench.py itself: what another process is for
 
 
 # ---------------------------------------------------------------- their side: a process of its own
@@ -136,9 +151,141 @@ def table(title: str, tokens: int, seconds: dict[str, list[float]], against: str
     return result
 
 
+# ---------------------------------------------------------------- loading
+
+LOADED = ModelConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_layers=16, num_heads=16,
+                     num_kv_heads=16)                                          # 271M parameters, 541 MB in bf16
+CASES = {"safetensors bf16 -> bf16": ("safetensors", "bf16", False), "safetensors bf16 -> fp32": ("safetensors", "fp32",
+         False), "pytorch_model.bin fp16 -> bf16": ("bin", "bf16", False),
+         "safetensors bf16 -> bf16, cold": ("safetensors", "bf16", True)}
+LOADERS = ("ours", "transformers", "read", "copy")
+
+
+def write_models(folder: Path) -> None:
+    """The same weights twice: safetensors in bf16, and in two shards of pytorch_model.bin in fp16."""
+    model = checkpoints.build(LOADED, torch.bfloat16)
+    for p in model.parameters():
+        p.data.normal_(0, 0.02)
+    checkpoints.save(model, None, folder / "safetensors")
+    state = {n: t.half() for n, t in safetensors.torch.load_file(folder / "safetensors" / "model.safetensors").items()}
+    (folder / "bin").mkdir()
+    shutil.copyfile(folder / "safetensors" / "config.json", folder / "bin" / "config.json")
+    where = {name: f"pytorch_model-0000{1 + 2 * i // len(state)}-of-00002.bin" for i, name in enumerate(state)}
+    for file in set(where.values()):
+        torch.save({n: t for n, t in state.items() if where[n] == file}, folder / "bin" / file)
+    (folder / "bin" / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}),
+                                                                encoding="utf-8")
+
+
+def weights_of(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+
+
+def load_once(cfg: Config) -> None:
+    """The process that loads. It says ready, waits for a line, loads, answers with seconds and peak, then with a sum of
+    all weights."""
+    folder, dtype = Path(cfg.init), common.DTYPES[cfg.dtype]
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))         # wakes the threads up
+    if cfg.peer == "transformers":
+        import transformers
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        theirs = transformers.LlamaForCausalLM                                 # imported here, not on the clock
+        load = lambda: theirs.from_pretrained(folder, dtype=dtype)  # noqa: E731
+    elif cfg.peer == "ours":
+        load = lambda: checkpoints.load(folder, dtype=dtype)[0]  # noqa: E731
+    else:
+        load = lambda: [touch(file, cfg.peer) for file in weights_of(folder)] and torch.nn.Module()  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")            # the peak counts from here
+    print("ready", flush=True)
+    sys.stdin.readline()
+    before, start, cpu = memory_of("self"), time.perf_counter(), time.process_time()
+    model = load()
+    seconds = time.perf_counter() - start
+    for p in model.parameters():
+        p.detach().view(-1)[::1024].sum()                                      # a number of every page
+    print(json.dumps({"load": seconds, "ready": time.perf_counter() - start, "cpu": time.process_time() - cpu,
+                      "rss": memory_of("self", "VmHWM") - before}), flush=True)
+    print(sum(float(p.detach().double().abs().sum()) for p in model.parameters()), flush=True)
+
+
+def touch(file: Path, how: str) -> Tensor | None:
+    """The least that a loader does: look at every byte once; or copy it to memory of its own."""
+    if how == "read":
+        buffer = bytearray(1 << 23)
+        with open(file, "rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+        return None
+    return torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8).clone()
+
+
+def memory_of(process: int | str, what: str = "VmRSS") -> int:
+    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    return 1024 * int(next((line.split()[1] for line in status.splitlines() if line.startswith(what)), 0))    # 0: gone
+
+
+def measure(side: str, folder: Path, dtype: str, cold: bool) -> dict[str, float]:
+    """One load in a fresh process, its memory watched from here."""
+    for file in weights_of(folder) if cold else []:
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [sys.executable, __file__, "--what", "load", "--peer", side, "--init", str(folder), "--dtype", dtype]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    if process.stdout.readline().strip() != "ready":
+        raise common.UserError(f"the process of {side} ended with {process.wait()}, see above")
+    before = most = memory_of(process.pid, "RssAnon")
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while not select.select([process.stdout], [], [], 0.002)[0]:
+        most = max(most, memory_of(process.pid, "RssAnon"))
+    answer, total = process.stdout.readline(), process.stdout.readline()
+    process.stdin.close()
+    if process.wait() or not total:
+        raise common.UserError(f"the process of {side} ended with {process.wait()}, see above")
+    return json.loads(answer) | {"sum": float(total), "private": most - before}
+
+
+def bench_load(cfg: Config) -> dict:
+    figures: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(Path(folder))
+        size = sum(math.prod(p.shape) for p in checkpoints.build(LOADED).parameters())
+        for case, (kind, dtype, cold) in CASES.items():
+            sides = LOADERS if (kind, dtype) == ("safetensors", "bf16") else LOADERS[:2]
+            runs: dict[str, list[dict]] = {side: [] for side in sides}
+            for turn in range(cfg.repeats + 1):                                # the first turn is not counted
+                for side in sides:
+                    found = measure(side, Path(folder) / kind, dtype, cold)
+                    runs[side] += [found] if turn else []
+            assert math.isclose(runs["ours"][0]["sum"], runs["transformers"][0]["sum"], rel_tol=1e-9)
+            figures[case] = load_table(case, size * common.DTYPES[dtype].itemsize, runs)
+    return figures
+
+
+def load_table(case: str, size: int, runs: dict[str, list[dict]]) -> dict:
+    """Medians; memory in sizes of the loaded model; the ratio is that of neighbours in time."""
+    print(f"\n{case}   (the model: {size / 1e6:.0f} MB)")
+    result: dict = {"model_bytes": size}
+    for side, found in runs.items():
+        ratio = statistics.median(a["ready"] / b["ready"] for a, b in zip(found, runs["ours"]))
+        load, ready, cpu, private, rss = (statistics.median(r[key] for r in found)
+                                          for key in ("load", "ready", "cpu", "private", "rss"))
+        result[side] = {"ready_to_ours": ratio, "private_per_model": private / size, "rss_per_model": rss / size,
+                        **{key: [r[key] for r in found] for key in ("load", "ready", "cpu")}}
+        print(f"  {side:14s} loaded {load:6.3f} s, ready {ready:6.3f} s ({ratio:5.2f}x ours; cpu {cpu:6.3f} s)   private "
+              f"{private / size:5.3f} of the model, with the file's pages {rss / size:5.3f}")
+    return result
+
+
 # ---------------------------------------------------------------- our side
 
 def main(cfg: Config) -> None:
+    if cfg.what not in ("train", "load"):
+        raise common.UserError(f"--what {cfg.what} is unknown; known: train, load")
+    if cfg.what == "load":
+        return load_once(cfg) if cfg.peer else write_figures(cfg, bench_load(cfg), {})
     if cfg.peer:
         return peer(Path(cfg.peer), cfg)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
@@ -190,11 +337,15 @@ def main(cfg: Config) -> None:
                                               lambda: them.ask("train")}, cfg.repeats), "transformers + peft")
         them.process.stdin.close()
         them.process.wait()
+    write_figures(cfg, figures, {"device": str(world.device), "dtype": cfg.dtype, "transformers and peft":
+                                 them.versions})
+
+
+def write_figures(cfg: Config, figures: dict, about: dict) -> None:
     if cfg.out:
         figures["about"] = {
-            "command": "python " + " ".join(sys.argv), "device": str(world.device), "dtype": cfg.dtype,
-            "machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "transformers and peft": them.versions, "date": time.strftime("%Y-%m-%d")}
+            "command": "python " + " ".join(sys.argv), **about, "machine": platform.machine(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         common.atomic_write(cfg.out, json.dumps(figures, indent=1) + "\n")
 

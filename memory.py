@@ -117,7 +117,7 @@ def remember(fn: Callable) -> Callable:
 
 
 def build(config: object, dtype: torch.dtype = torch.float32) -> nn.Module:
-    with torch.device("meta"):
+    with checkpoints.hollow():
         return checkpoints.build(config, dtype)
 
 

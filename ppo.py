@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from data import batch as data_batch
 from data import chat, formats
 from model import Transformer
 from reward import RewardModel
-from sft import autocast
+from sft import autocast, widen
 
 
 @dataclass
@@ -109,7 +110,7 @@ def logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """(..., V), (...) -> (...) log-probabilities in fp32: bf16 would lose a hundredth of a nat per token."""
-    logits = (logits.float() / temperature).flatten(0, -2)
+    logits = (widen(logits) / temperature).flatten(0, -2)
     return -F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -220,9 +221,13 @@ class Roles:
     """Who computes with what. On one base `policy` and `reference` are the same model with and without an adapter."""
     policy: Transformer
     reference: Transformer
-    reward: RewardModel
+    reward: RewardModel | Callable     # or a function of (ids, mask, response), where the truth is known
     value: RewardModel
     adapter: str | None                # the policy's adapter; None: policy is a model of its own
+
+    def judge(self, ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
+        learned = isinstance(self.reward, RewardModel)
+        return self.reward(ids, mask) if learned else self.reward(ids, mask, response)
 
     def hidden(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
         model = self.policy if role == "policy" else self.reference
@@ -344,10 +349,10 @@ def policy_logprobs(roles: Roles, role: str, ids: Tensor, mask: Tensor, response
     h = roles.hidden(role, ids, mask)[:, -R - 1:-1][keep]                      # (N, C), one to the left of the tokens
     logits = roles.head(role)(h)
     logp = token_logprobs(logits, ids[:, -R:][keep], temperature)
-    logp = torch.zeros(response.shape, device=ids.device).masked_scatter(keep, logp)
+    logp = logp.new_zeros(response.shape).masked_scatter(keep, logp)
     if not entropy:
         return logp, None
-    log_p = (logits.float() / temperature).log_softmax(-1)
+    log_p = (widen(logits) / temperature).log_softmax(-1)
     return logp, torch.zeros_like(logp).masked_scatter(keep, -(log_p.exp() * log_p).sum(-1))
 
 
@@ -378,16 +383,17 @@ def cut(r: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
     """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal
     rounding."""
+    like = widen(roles.policy.norm.weight)
     for name in ("logp", "entropy", "ref_logp", "values"):
-        setattr(r, name, torch.zeros(r.response.shape, device=r.ids.device))
-    r.scores = torch.zeros(len(r.ids), device=r.ids.device)
+        setattr(r, name, like.new_zeros(r.response.shape))
+    r.scores = like.new_zeros(len(r.ids))
     for rows in (rows.to(r.ids.device) for minibatch in plan(r, torch.arange(len(r.ids)), cfg) for rows in minibatch):
         ids, mask, response = cut(r, rows)
         with autocast(world, roles.adapter is None):
             logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, cfg.temperature, entropy=True)
             ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, cfg.temperature)
-            values, scores = response_values(roles, ids, mask, response), roles.reward(ids, mask)
-        r.scores[rows] = scores
+            values, scores = response_values(roles, ids, mask, response), roles.judge(ids, mask, response)
+        r.scores[rows] = scores.to(like.dtype)
         for to, x in ((r.logp, logp), (r.entropy, entropy), (r.ref_logp, ref_logp), (r.values, values)):
             to[rows, :x.shape[1]] = x
     return r
@@ -407,6 +413,19 @@ def describe(r: Rollout, tokenizer, split: str) -> list[dict]:
 
 
 # ---------------------------------------------------------------- update
+
+def credit(r: Rollout, cfg: Config, coef: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What there is to learn from a scored rollout: (B,) scores, (B, R) KL, advantages and returns."""
+    kls = kl(r.logp, r.ref_logp) * r.response
+    scores = final_scores(r.scores, r.ended, cfg.missing_eos, cfg.reward_clip)
+    rewards = token_rewards(scores, kls, r.response, coef)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, r.response, shift_mean=False)
+    advantages, returns = gae(rewards, r.values, r.response, cfg.gamma, cfg.lam)
+    if cfg.whiten:
+        advantages = whiten(advantages, r.response)            # after the returns: V must learn real rewards
+    return scores, kls, advantages, returns
+
 
 def update(roles: Roles, r: Rollout, advantages: Tensor, returns: Tensor, optimizer, cfg: Config, world: common.World,
            step: int, shuffle: torch.Generator, places: list[str], run=None, state=None) -> dict[str, float]:
@@ -461,6 +480,76 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return float(1 - (returns - values)[keep].var() / returns[keep].var().clamp(min=1e-8))
 
 
+@dataclass
+class Learner:
+    """What an update changes besides the weights: a state that lacks one of these would not resume."""
+    optimizer: torch.optim.Optimizer
+    controller: AdaptiveKL
+    sampler: torch.Generator           # draws the answers, on every rank others
+    shuffle: torch.Generator           # orders the minibatches
+
+
+def start(roles: Roles, cfg: Config, world: common.World) -> Learner:
+    policy, value = roles.trainable("policy"), roles.trainable("value")
+    optimizer = common.optimizer([*policy, *value], [{"name": "policy", "params": policy, "lr": 1.0},
+                                                     {"name": "value", "params": value, "lr": cfg.value_lr / cfg.lr}],
+                                 betas=(0.9, 0.999), eps=1e-5)
+    return Learner(optimizer, AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon),
+                   torch.Generator(world.device).manual_seed(cfg.seed + 100003 * world.rank + 1),
+                   torch.Generator().manual_seed(cfg.seed + 2))
+
+
+def improve(roles: Roles, learner: Learner, batch: list[dict], tokenizer, cfg: Config, world: common.World, step: int,
+            run=None, state=None) -> tuple[Rollout, dict[str, float]]:
+    """One update: sample an answer per prompt, score, assign credit, several epochs of minibatches. -> the rollout and
+    the figures of the log. Whoever trains with PPO calls this: main, and every experiment with a known answer."""
+    t0 = time.perf_counter()
+    r = rollout(roles, [p["ids"] for p in batch], tokenizer, cfg, learner.sampler)
+    t1 = time.perf_counter()
+    score(roles, r, cfg, world)
+    coef = learner.controller.coef
+    scores, kls, advantages, returns = credit(r, cfg, coef)
+    t2 = time.perf_counter()
+    lr = common.lr_at(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    places = [str(p.get("where", "?")) for p in batch]
+    stats = update(roles, r, advantages, returns, learner.optimizer, cfg, world, step, learner.shuffle, places, run,
+                   state)
+    t3 = time.perf_counter()
+
+    n, tokens = common.all_sum(len(batch)), common.all_sum(float(r.response.sum()))
+    per_answer = {name: common.all_sum(float(x.sum())) / n for name, x in (
+        ("objective/kl", kls), ("objective/kl_k3", kl(r.logp, r.ref_logp, "k3") * r.response),
+        ("objective/entropy", r.entropy), ("objective/scores", scores),
+        ("objective/rlhf_reward", token_rewards(scores, kls, r.response, coef)),
+        ("val/eos_rate", r.ended.float()), ("val/response_length", r.response.float()))}
+    sampler_gap = common.all_sum(float(((r.sampler_logp - r.logp).abs() * r.response).sum()))
+    learner.controller.update(per_answer["objective/kl"], int(n))
+    return r, {**per_answer, "objective/non_score_reward": -coef * per_answer["objective/kl"], "kl_coef": coef,
+               "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],
+               "policy/entropy_avg": per_answer["objective/entropy"] * n / tokens,
+               "loss/policy_avg": stats["policy_loss"], "loss/value_avg": stats["value_loss"],
+               "val/clipfrac_avg": stats["value_clipfrac"], "val/ratio": stats["ratio"],
+               "val/ratio_var": max(0.0, stats["ratio_sq"] - stats["ratio"] ** 2),
+               "val/first_ratio_gap": stats["first_gap"], "val/largest_kl": float(kls.abs().max()),
+               "val/explained_variance": explained_variance(r.values, returns, r.response),
+               "val/num_eos_tokens": common.all_sum(float(r.ended.sum())), "val/sampler_gap": sampler_gap / tokens,
+               "policy/grad_norm": stats["policy_norm"], "value/grad_norm": stats["value_norm"], "lr": lr,
+               "time/generate": t1 - t0, "time/score": t2 - t1, "time/train": t3 - t2,
+               "tokens_per_sec": tokens / (t3 - t0)}
+
+
+def check_start(figures: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """At the first minibatch nothing has moved yet: ratio 1 and KL 0, or the run stops here."""
+    gap, largest = figures["val/first_ratio_gap"], figures["val/largest_kl"]
+    if max(gap, largest) > (1e-4 if dtype == torch.float32 else 2e-2):
+        raise common.UserError(f"before the first update the policy must be the reference and the ratio 1, found "
+                               f"|log ratio| up to {gap:.2e} and KL up to {largest:.2e} per token: sampling, scoring "
+                               "and training do not compute the same distribution")
+    return {"gap": gap, "kl": largest}
+
+
 @torch.no_grad()
 def evaluate(roles: Roles, prompts: list[dict], tokenizer, cfg: Config, world: common.World, run: common.Run,
              step: int) -> dict:
@@ -510,14 +599,7 @@ def main(cfg: Config) -> bool:
     prompts = data_batch.encode_prompts(rows, tokenizer, cfg.max_prompt)
     held = data_batch.encode_prompts(held, tokenizer, cfg.max_prompt)
     batches = data_batch.Batches(prompts, cfg.batch_size, cfg.seed, rank=world.rank, world=world.size)
-    optimizer = common.optimizer([*roles.trainable("policy"), *roles.trainable("value")],
-                                 [{"name": "policy", "params": roles.trainable("policy"), "lr": 1.0},
-                                  {"name": "value", "params": roles.trainable("value"), "lr": cfg.value_lr / cfg.lr}],
-                                  betas=(0.9, 0.999), eps=1e-5)
-    controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    # every rank draws its own
-    sampler = torch.Generator(world.device).manual_seed(cfg.seed + 100003 * world.rank + 1)
-    shuffle = torch.Generator().manual_seed(cfg.seed + 2)
+    learner = start(roles, cfg, world)
     run = common.Run(cfg.out_dir, "ppo", cfg, world, resume=cfg.resume)
     run.total = cfg.steps
     step, episodes, first, invariants = 0, 0, {}, {}
@@ -526,16 +608,17 @@ def main(cfg: Config) -> bool:
     def state() -> dict:
         return {"step": step, "episodes": episodes, "first": first, "invariants": invariants,
                 "batches": batches.state(),
-                "optimizer": optimizer.state_dict(), "kl_coef": controller.coef, "shuffle": shuffle.get_state(),
+                "optimizer": learner.optimizer.state_dict(), "kl_coef": learner.controller.coef,
+                "shuffle": learner.shuffle.get_state(),
                 "weights": {name: p.detach() for name, p in trained}}
 
     if cfg.resume and (saved := run.load_state()):
-        step, episodes, controller.coef = saved["step"], saved["episodes"], saved["kl_coef"]
+        step, episodes, learner.controller.coef = saved["step"], saved["episodes"], saved["kl_coef"]
         first, invariants = saved["first"], saved["invariants"]
         batches.load_state(saved["batches"])
-        optimizer.load_state_dict(saved["optimizer"])
-        sampler.set_state(saved["sampler"])
-        shuffle.set_state(saved["shuffle"])
+        learner.optimizer.load_state_dict(saved["optimizer"])
+        learner.sampler.set_state(saved["sampler"])
+        learner.shuffle.set_state(saved["shuffle"])
         with torch.no_grad():
             for name, p in trained:
                 p.copy_(saved["weights"][name])
@@ -549,76 +632,19 @@ def main(cfg: Config) -> bool:
         if step == cfg.steps:
             break
 
-        # ---- rollout: one sampled answer per prompt
-        t0 = time.perf_counter()
+        # ---- one update: rollout, score, credit, epochs of minibatches
         batch = batches.next()
-        r = rollout(roles, [p["ids"] for p in batch], tokenizer, cfg, sampler)
-
-        # ---- score: log-probabilities of policy and reference, values, rewards
-        t1 = time.perf_counter()
-        score(roles, r, cfg, world)
-
-        # ---- advantages
-        kls = kl(r.logp, r.ref_logp) * r.response
-        scores = final_scores(r.scores, r.ended, cfg.missing_eos, cfg.reward_clip)
-        rewards = token_rewards(scores, kls, r.response, controller.coef)
-        if cfg.whiten_rewards:
-            rewards = whiten(rewards, r.response, shift_mean=False)
-        advantages, returns = gae(rewards, r.values, r.response, cfg.gamma, cfg.lam)
-        if cfg.whiten:
-            advantages = whiten(advantages, r.response)        # after the returns: V must learn real rewards
-
-        # ---- update
-        t2 = time.perf_counter()
-        lr = common.lr_at(step, cfg.steps, cfg.lr, cfg.warmup, cfg.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        places = [str(p.get("where", "?")) for p in batch]
-        stats = update(roles, r, advantages, returns, optimizer, cfg, world, step, shuffle, places, run, state())
-        t3 = time.perf_counter()
-
-        # ---- invariants: at the first minibatch nothing has moved yet
+        r, figures = improve(roles, learner, batch, tokenizer, cfg, world, step, run, state())
         if step == 0:
-            invariants = {"ratio": abs(stats["first_ratio"] - 1), "gap": stats["first_gap"],
-                          "kl": float(kls.abs().max())}
-            tolerance = 1e-4 if world.dtype == torch.float32 else 2e-2
-            if max(invariants["gap"], invariants["kl"]) > tolerance:
-                raise common.UserError(f"before the first update the policy must be the reference and the ratio 1, "
-                                       f"found |log ratio| up to {invariants['gap']:.2e} and KL "
-                                       f"up to {invariants['kl']:.2e} per token: sampling, scoring and training do not "
-                                       "compute the same distribution")
+            invariants = check_start(figures, world.dtype)
 
         # ---- log
-        n, tokens = common.all_sum(len(batch)), common.all_sum(float(r.response.sum()))
-        per_answer = {name: common.all_sum(float(x.sum())) / n for name, x in (
-            ("objective/kl", kls), ("objective/kl_k3", kl(r.logp, r.ref_logp, "k3") * r.response),
-            ("objective/entropy", r.entropy),
-            ("objective/scores", scores),
-            ("objective/rlhf_reward", token_rewards(scores, kls, r.response, controller.coef)),
-            ("val/eos_rate", r.ended.float()), ("val/response_length", r.response.float()))}
-        sampler_gap = common.all_sum(float(((r.sampler_logp - r.logp).abs() * r.response).sum()))
-        sampled = describe(r, tokenizer, "train")
-        step, episodes = step + 1, episodes + int(n)
-        run.sample(step, sampled)
-        run.log(step, {**per_answer, "objective/non_score_reward": -controller.coef * per_answer["objective/kl"],
-                       "kl_coef": controller.coef,
-                       "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],
-                       "policy/entropy_avg": per_answer["objective/entropy"] * n / tokens,
-                       "loss/policy_avg": stats["policy_loss"], "loss/value_avg": stats["value_loss"],
-                       "val/clipfrac_avg": stats["value_clipfrac"],
-                       "val/ratio": stats["ratio"], "val/ratio_var": max(0.0, stats["ratio_sq"] - stats["ratio"] ** 2),
-                       "val/first_ratio_gap": stats["first_gap"],
-                       "val/explained_variance": explained_variance(r.values, returns, r.response),
-                       "val/num_eos_tokens": common.all_sum(float(r.ended.sum())),
-                       "val/sampler_gap": sampler_gap / tokens,
-                       "policy/grad_norm": stats["policy_norm"], "value/grad_norm": stats["value_norm"], "lr": lr,
-                       "episode": episodes,
-                       "time/generate": t1 - t0, "time/score": t2 - t1, "time/train": t3 - t2,
-                       "tokens_per_sec": tokens / (t3 - t0)},
+        step, episodes = step + 1, episodes + int(common.all_sum(len(batch)))
+        run.sample(step, describe(r, tokenizer, "train"))
+        run.log(step, {**figures, "episode": episodes},
                 show=("objective/scores", "objective/kl", "val/eos_rate", "tokens_per_sec"))
-        controller.update(per_answer["objective/kl"], int(n))
         if step % cfg.save_every == 0 or step == cfg.steps:
-            run.save_state(step, state(), per_rank={"sampler": sampler.get_state()})
+            run.save_state(step, state(), per_rank={"sampler": learner.sampler.get_state()})
 
     # ---- keep the result
     assert fingerprint(roles.reference) == before, "the reference's weights changed during training"

@@ -94,7 +94,7 @@ class RewardModel(nn.Module):
         """A number after every token: (B, T) ids -> (B, T) fp32. PPO's value function is this, trained."""
         with lora.use(self.model, self.adapter):
             h = self.model.hidden(ids, mask)
-        return self.head(h.float()).squeeze(-1)
+        return self.head(h.to(self.head.weight.dtype)).squeeze(-1)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) ids, mask 1 = real -> (B,) the value at the last real token, wherever the padding is."""

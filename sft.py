@@ -89,7 +89,12 @@ def loss(logits: Tensor, ids: Tensor, mask: Tensor, n_tokens: float | None = Non
 def nll(logits: Tensor, targets: Tensor, n_tokens: float | None = None) -> Tensor:
     """(N, V), (N,) -> sum of -log p in fp32 over n_tokens (default N; at least 1, so that nothing divides by zero)."""
     n = len(targets) if n_tokens is None else n_tokens
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, n)
+    return F.cross_entropy(widen(logits), targets, reduction="sum") / max(1, n)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least fp32; fp64 stays fp64, for tests in which nothing may hide in rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def batch_loss(model: Transformer, ids: Tensor, docs: Tensor | None, mask: Tensor,

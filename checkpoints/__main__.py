@@ -15,7 +15,7 @@ import torch
 
 import checkpoints
 import common
-from checkpoints import adapters, families, formats, hub
+from checkpoints import adapters, families, formats, gguf, hub
 from checkpoints.convert import convert
 from common import UserError
 from model import ModelConfig
@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parameters(config: object) -> int:
     """Counted on models of one and of two layers: every further layer is like the second."""
-    with torch.device("meta"):
+    with checkpoints.hollow():
         one, two = (sum(p.numel() for p in checkpoints.build(dataclasses.replace(config, num_layers=n)).parameters())
                     for n in (1, 2))
     return one + (config.num_layers - 1) * (two - one)
@@ -51,17 +51,44 @@ def show(name: str) -> None:
         show_adapter(path, line)
         if not (path / "config.json").exists():
             return
-    source, tokenizer_at = checkpoints.open_any(path)
+    try:
+        source, tokenizer_at = checkpoints.open_any(path)
+    except UserError:
+        if path.is_dir() or path.suffix == ".gguf":          # some are a vocabulary and nothing else
+            show_tokenizer(path, line)
+        raise
     weights = {n: e for n, e in source.entries.items() if not adapters.NO_WEIGHTS.fullmatch(n)}
     total = sum(math.prod(e.shape) for e in weights.values())
+    line("format", format_of(source))
     line("family", f"{source.config.get('model_type')} {' '.join(map(str, source.config.get('architectures') or []))}")
     line("parameters", f"{total:,} ({common.human(total)})")
-    line("memory", ", ".join(f"{kind} {size * total / 1e9:.2f} GB" for kind, size in (("fp32", 4), ("bf16", 2))))
+    line("memory", ", ".join(f"{kind} {bytes_of(size * total)}" for kind, size in (("fp32", 4), ("bf16", 2))))
     if packed := source.config.get("quantization_config"):
         line("packed", f"{packed}: only GGUF's quantisations can be loaded")
     show_config(source, line)
-    show_tokenizer(tokenizer_at, line)
-    show_tensors(source, line)
+    show_tokenizer(tokenizer_at, line, path)
+    show_tensors(source.entries, line)
+
+
+def bytes_of(n: float) -> str:
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if n >= s), ("KB", 1e3))
+    return f"{n / size:.3g} {unit}"
+
+
+def format_of(source: formats.Source) -> str:
+    """Which of the formats of formats.py this is."""
+    file = next((e.file for e in source.entries.values()), source.path)
+    if file.suffix == ".gguf":
+        meta, _ = gguf.read_header(file)
+        arch, called = meta.get("general.architecture"), str(meta.get("general.name", ""))[:60]
+        return f"GGUF, architecture {arch}" + (f", called {called!r}" if called else "")
+    kind = "safetensors" if file.suffix == ".safetensors" else "pickle (its code is never run)"
+    if file.name.startswith("consolidated"):
+        return f"Meta's names, {kind}"
+    if (file.parent / "config.json").exists():
+        return f"Hugging Face, {kind}"
+    others = {"gpt2": f"nanoGPT, {kind}", "rwkv": f"BlinkDL's RWKV, {kind}"}
+    return others.get(source.config.get("model_type"), "llama2.c")
 
 
 def show_config(source: formats.Source, line) -> None:
@@ -77,37 +104,37 @@ def show_config(source: formats.Source, line) -> None:
                                                          "no scaling") + f", trained on {config.max_positions} tokens")
 
 
-def show_tokenizer(where: Path, line) -> None:
-    from data.tokenizer import load_tokenizer  # not at the top: it reads GGUF through us
+def show_tokenizer(where: Path, line, name: Path | None = None) -> None:
+    from data import chat  # not at the top: it reads GGUF through us
+    from data.tokenizer import load_tokenizer
     try:
         tokenizer = load_tokenizer(where)
     except UserError as error:
         return line("tokenizer", f"cannot be read: {error}")
-    if tokenizer is None:
-        return line("tokenizer", "none")
-    line("tokenizer", f"{type(tokenizer.core).__name__}, {tokenizer.vocab_size} tokens, ends with {tokenizer.eos_ids}")
-    template = tokenizer.chat_template
-    line("chat", "no format: choose one with --template" if not template else template if "{" not in template else
-         f"a Jinja template of {len(template)} characters")
+    template, guessed = tokenizer and tokenizer.chat_template, chat.guess((name or where).name, tokenizer)
+    line("tokenizer", f"{type(tokenizer.core).__name__}, {tokenizer.vocab_size} tokens, ends with {tokenizer.eos_ids}"
+         if tokenizer else "none")
+    if tokenizer or guessed:
+        line("chat", f"a Jinja template of {len(template)} characters" if template and "{" in template else template or
+             (f"{guessed}, to go by its name or its tokens" if guessed else "no format: choose one with --template"))
 
 
-def show_tensors(source: formats.Source, line) -> None:
+def show_tensors(entries: dict[str, formats.Entry], line) -> None:
     """One line for each kind of tensor: layers that look alike are counted, not listed."""
-    files = Counter()
-    kinds, groups = Counter(), {}
-    for name, entry in source.entries.items():
-        files[entry.file] += 1
-        kinds[entry.kind] += 1
-        pattern = re.sub(r"\.\d+\.", ".*.", name)
-        groups.setdefault((pattern, entry.shape, entry.kind), []).append(name)
+    files, kinds = (Counter(getattr(e, key) for e in entries.values()) for key in ("file", "kind"))
+    groups: dict[tuple, list[tuple[str, int]]] = {}
+    for name, entry in entries.items():
+        before, number, behind = re.fullmatch(r"(.*?)(?:(?<=\.)(\d+)(?=\.))?((?(2)\..*|))", name).groups()
+        groups.setdefault((before, behind, entry.shape, entry.kind), []).append((name, int(number or 0)))
     first = min(files, key=lambda f: f.name)
-    numbers = sum(math.prod(e.shape) for e in source.entries.values())
-    size = sum(f.stat().st_size for f in files) / 1e9
-    line("file", f"{len(source.entries)} tensors in {len(files)} file(s) ({first.name}"
-         + (" ...)" if len(files) > 1 else ")") + f", {size:.2f} GB, {numbers:,} numbers: "
+    line("file", f"{len(entries)} tensors in {len(files)} file(s) ({first.name}" + (" ...)" if len(files) > 1 else ")")
+         + f", {bytes_of(sum(f.stat().st_size for f in files))}: "
          + ", ".join(f"{c} {k}" for k, c in kinds.most_common()))
-    for (pattern, shape, kind), names in groups.items():
-        print(f"    {f'{len(names)} x' if len(names) > 1 else '':>6} {pattern:60} {str(tuple(shape)):20} {kind}")
+    for (before, behind, shape, kind), found in groups.items():
+        low, high, n = min(i for _, i in found), max(i for _, i in found), len(found)
+        among = f"{low}..{high}" if high - low == n - 1 else "*"
+        print(f"    {f'{n} x' if n > 1 else '':>6} {found[0][0] if n == 1 else before + among + behind:60} "
+              f"{str(tuple(shape)):20} {kind}")
 
 
 def show_adapter(folder: Path, line) -> None:
@@ -117,14 +144,14 @@ def show_adapter(folder: Path, line) -> None:
          + "".join(f", {key}" for key in ("use_rslora", "use_dora", "fan_in_fan_out") if config.get(key)))
     for key in ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if config.get(key):
-            line(key, config[key])
+            line(key, f" {config[key]}")
     line("base", config.get("base_model_name_or_path"))
     if file is None:
         return line("file", "no adapter_model.safetensors or .bin: saved without its weights")
     entries = formats.merge_files([file])
     total = sum(math.prod(e.shape) for e in entries.values())
-    line("file", f"{len(entries)} tensors in {file.name}, {total:,} numbers: "
-         + ", ".join(f"{c} {k}" for k, c in Counter(e.kind for e in entries.values()).most_common()))
+    line("parameters", f"{total:,} ({common.human(total)})")
+    show_tensors(entries, line)
 
 
 def main(argv: list[str]) -> None:

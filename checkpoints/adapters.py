@@ -14,6 +14,7 @@ ends with the other and no second one does.
 """
 import math
 import re
+import time
 from pathlib import Path
 
 import regex
@@ -53,6 +54,8 @@ class Lora:
             raise UserError(f"{file} holds no tensors: it was saved without its weights")
         for name, pair in self.halves.items():
             self.check(name, pair, source)
+        deadline = time.monotonic() + 3
+        self.scales = {name: self.scale(name, pair, deadline) for name, pair in self.halves.items()}
         for name, entry in self.whole.items():
             base = source.shape(name if name in source.entries else embedding_of(source))
             words = is_embedding(name) or name in HEADS        # nothing else has rows that can be new
@@ -75,7 +78,7 @@ class Lora:
         if not isinstance(patterns, dict):
             raise UserError(f"{where}: alpha_pattern is {str(patterns)[:60]}, expected an object")
         for alpha in (c.get("lora_alpha"), *patterns.values()):
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
                 raise UserError(f"{where}: lora_alpha or alpha_pattern has {str(alpha)[:60]!r}, expected a number")
         try:
             self.alphas = [(regex.compile(rf"(.*\.)?({p})$"), a) for p, a in patterns.items()]
@@ -139,11 +142,12 @@ class Lora:
             return conv1d
         return tuple(shape) == (n_in, n_out) and (conv1d or bool(self.config.get("fan_in_fan_out")))
 
-    def scale(self, name: str, r: int) -> float:
+    def scale(self, name: str, pair: dict, deadline: float) -> float:
         """alpha / r of one layer. Patterns are regular expressions for the end of its name; the rank is A's own."""
-        path = name.removesuffix(".weight")
+        path, r = name.removesuffix(".weight"), pair["lora_A" if "lora_A" in pair else "lora_embedding_A"].shape[0]
         try:                                                   # of a stranger: some patterns would take years
-            alpha = next((a for pattern, a in self.alphas if pattern.match(path, timeout=1.0)),
+            alpha = next((a for pattern, a in self.alphas
+                          if pattern.match(path, timeout=max(deadline - time.monotonic(), 0.01))),
                          self.config["lora_alpha"])
         except TimeoutError:
             raise UserError(f"{self.folder / 'adapter_config.json'}: a pattern of alpha_pattern does not come to an "
@@ -160,7 +164,7 @@ class Lora:
         half = {kind.removeprefix("lora_").removeprefix("embedding_"): e.read().float() for kind, e in pair.items()}
         A, B, m = half["A"], half["B"], half.get("magnitude_vector")
         W = tensor.to(torch.float32, copy=True)                # summed in place: no third matrix of this size
-        W.addmm_(A.T, B.T, alpha=self.scale(name, len(A))) if turn else W.addmm_(B, A, alpha=self.scale(name, len(A)))
+        W.addmm_(A.T, B.T, alpha=self.scales[name]) if turn else W.addmm_(B, A, alpha=self.scales[name])
         if m is not None:
             W *= m.view(1, -1) / W.norm(dim=0, keepdim=True) if turn else m.view(-1, 1) / W.norm(dim=1, keepdim=True)
         return W

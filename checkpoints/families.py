@@ -475,7 +475,8 @@ def find(raw: dict, where="config.json") -> tuple[str, Family]:
     name = SAME.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in FAMILIES:
         known = sorted(set(FAMILIES) | set(SAME))
-        raise UserError(f"{where}: model_type {name!r} is not a family that is known; known: {', '.join(known)}")
+        raise UserError(f"{where}: model_type {repr(name)[:60]} is not a family that is known; known: "
+                        f"{', '.join(known)}")
     return name, FAMILIES[name]
 
 
@@ -490,4 +491,4 @@ def to_config(raw: dict, where) -> ModelConfig:
     except KeyError as missing:
         raise UserError(f"{where}: the config lacks {missing}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, IndexError) as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {str(error)[:400]}") from None

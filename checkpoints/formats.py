@@ -1,7 +1,7 @@
 """Every file format under one interface: a Source knows a config and, name by name, how to read a tensor.
 
     directory with *.safetensors        Hugging Face, one file or shards with an index
-    directory with pytorch_model*.bin   the same, older
+    directory with pytorch_model*.bin   the same, older; or config.json and one .pt, .pth, .ckpt, .bin of any name
     consolidated.* + params.json        Meta's own LLaMA files, cut over several GPUs; Mistral's, as safetensors
     *.gguf                              llama.cpp, one file or -00001-of-00003 (checkpoints/gguf_models.py)
     *.bin of llama2.c                   seven integers, then fp32
@@ -72,10 +72,10 @@ def open_source(path: Path) -> Source:
         return open_file(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
+    if (path / "params.json").exists() and not any(any(path.glob(pattern)) for pattern in HF_FILES):
+        return open_meta(path)                             # Mistral puts a config.json beside its own files
     if (path / "config.json").exists():
         return Source(path, read_json(path / "config.json"), hf_entries(path))
-    if (path / "params.json").exists():
-        return open_meta(path)
     files = sorted(f for kind in ("gguf", "pth", "pt", "bin", "safetensors") for f in path.glob(f"*.{kind}")
                    if not f.match("tok*.bin"))               # llama2.c's tokenizer
     whole = [f for f in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", f.name)]
@@ -94,11 +94,15 @@ def open_file(path: Path) -> Source:
         return gguf_models.open_gguf(path)
     if path.name.startswith("consolidated"):
         return open_meta(path.parent)
-    if path.suffix in (".safetensors", ".json", ".index") or path.name.startswith("pytorch_model"):
+    if path.suffix == ".json" or any(path.match(pattern) for pattern in HF_FILES):
         return open_source(path.parent)
+    if path.suffix in STATES and (path.parent / "config.json").exists():
+        return Source(path.parent, read_json(path.parent / "config.json"), merge_files([path]))
+    if path.suffix == ".safetensors":
+        return open_source(path.parent)                    # which says what is missing
     if path.suffix == ".bin":
         return open_llama2c(path)
-    if path.suffix in (".pt", ".pth"):
+    if path.suffix in STATES:
         return open_nanogpt(path)
     raise UserError(f"{path}: a file of this kind is not known; expected .gguf, consolidated.*.pth, nanoGPT's ckpt.pt, "
                     "llama2.c's .bin, or a directory")
@@ -131,9 +135,16 @@ def read_json(path: Path) -> dict:
 
 # ---------------------------------------------------------------- Hugging Face directories
 
+HF_FILES = ("model*.safetensors", "pytorch_model*.bin")
+STATES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+OTHER_STATES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|tok|adapter_model).*|"
+                          r".*optim_states\.pt")            # what a training leaves beside the weights
+
+
 def hf_entries(folder: Path) -> dict[str, Entry]:
-    """Tensors of model.safetensors, of shards with an index, or of the .bin files where there are no safetensors."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+    """Tensors of model.safetensors, of shards with an index, of the .bin files where there are no safetensors, or of
+    the one file that is there (codegeex_13b.pt, mp_rank_00_model_states.pt)."""
+    for pattern in HF_FILES:
         index = next(iter(sorted(folder.glob(f"{pattern}.index.json"))), None)
         files = sorted(folder.glob(pattern))
         if index is not None:
@@ -149,6 +160,12 @@ def hf_entries(folder: Path) -> dict[str, Entry]:
             if index is not None and (lost := sorted(set(listed) - set(entries))):
                 raise UserError(f"{index} promises {lost[0]}, but no shard holds it ({len(lost)} such tensors)")
             return entries
+    files = sorted(f for f in folder.iterdir() if f.suffix in STATES and not OTHER_STATES.fullmatch(f.name))
+    if len(files) == 1:
+        return merge_files(files)
+    if files:
+        raise UserError(f"{folder} has a config.json and {len(files)} files that may be its weights: name the one, or "
+                        f"take the others away ({', '.join(f.name for f in files[:6])})")
     raise UserError(f"{folder} has a config.json but no weights (model*.safetensors or pytorch_model*.bin); "
                     f"it has {list_names(folder)}")
 
@@ -223,6 +240,9 @@ def load_pickle(file: Path):
     except UserError:
         raise
     except Exception as error:           # a damaged pickle makes the reader stumble in any way that Python knows
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"{file} ({size_of(file)}) asks for more memory than there is: damaged, or too large for "
+                            "this machine") from None
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{file} cannot be read: {reason}. The file is damaged or incomplete ({size_of(file)}): "
                         "download it again") from None

@@ -376,6 +376,8 @@ def open_gguf(path: Path) -> formats.Source:
     if arch is None:
         raise UserError(f"{path}: GGUF files of architecture {str(h.arch)[:60]!r} cannot be read; known: "
                         f"{', '.join(ARCHS)}. Take the model's original files (config.json and *.safetensors)")
+    if not h.tensors:
+        raise UserError(f"{path}: a vocabulary without weights, which serves as a tokenizer only")
     if experts := h("expert_count", 0):
         raise UserError(f"{path}: a mixture of {experts} experts; only models with one MLP per layer are supported")
     if h.heads <= 0 or h.kv_heads <= 0 or h("embedding_length") < h.heads or h.head_dim <= 0:

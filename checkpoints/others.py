@@ -161,7 +161,8 @@ BLINKDL = {r"^emb\.": "rwkv.embeddings.", r"^blocks\.": "rwkv.blocks.", r"^ln_ou
 def find_blinkdl(path: Path) -> Path | None:
     """RWKV-4-*.pth, or the one .pth of a directory that has no config of any kind."""
     if path.is_file():
-        return path if path.suffix == ".pth" and not path.name.startswith("consolidated") else None
+        other = path.name.startswith("consolidated") or (path.parent / "config.json").exists()
+        return path if path.suffix == ".pth" and not other else None
     files = [] if any((path / f).exists() for f in ("config.json", "params.json")) else sorted(path.glob("*.pth"))
     return files[0] if len(files) == 1 else None
 

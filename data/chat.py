@@ -32,6 +32,7 @@ from data.chat_formats import (
     chatglm2,
     chatglm3,
     chatml,
+    escaped,
     glm4,
     llama2,
     llama3,
@@ -47,25 +48,29 @@ ABOUT = {"chatml": "many: Qwen, Yi, InternLM2, SmolLM", "alpaca": "Alpaca, Dolly
          "vicuna": "Vicuna v1.1 and later", "llama2": "Llama-2-Chat", "llama3": "Llama-3-Instruct", "zephyr": "Zephyr",
          "chatglm": "ChatGLM-6B", "chatglm2": "ChatGLM2-6B", "chatglm3": "ChatGLM3-6B", "glm4": "GLM-4-9B-Chat"}
 
-# A model that brings no template: what its tokens tell (all of a row must be there), then what its name tells. Only
-# systems of one format each; of two names that fit the first counts.
-BY_TOKENS = (("<|MOSS|> <eom>", "moss"), ("<|Bot|> <eoa>", "internlm"), ("<eoh> <eoa>", "internlm"),
-             ("### End", "dolly"), ("<|USER|> <|ASSISTANT|>", "stablelm"), ("<start_of_turn> <end_of_turn>", "gemma"))
+# A model that brings no template: what its tokens tell (all of a row must be there), then what its name tells (of two
+# that fit, the first). Only systems of one format each; None where a name looks like another's.
+BY_TOKENS = ((("<|MOSS|>", "<eom>"), "moss"), (("<eoh>", "<eoa>"), "internlm"), (("### End",), "dolly"),
+             (("<|USER|>", "<|ASSISTANT|>"), "stablelm"), (("<start_of_turn>", "<end_of_turn>"), "gemma"))
 BY_NAME = tuple((word, name) for name, words in (
     ("chatglm3", "chatglm3"), ("chatglm2", "chatglm2 codegeex2"), ("chatglm", "chatglm-6b"), ("glm4", "glm-4-9b-chat"),
     ("moss", "moss-moon"), ("dolly", "dolly-v2"), ("openchatkit", "gpt-neoxt-chat"), ("redpajama", "incite-chat "
-     "redpajama-incite-7b-chat redpajama-incite-chat-3b"), ("belle", "belle-7b belle-llama"), ("billa", "billa-7b-sft"),
-    ("vicuna_v0", "vicuna-7b-delta-v0 vicuna-13b-delta-v0"), ("vicuna", "vicuna"), ("koala", "koala"),
-    ("oasst_llama", "oasst-rlhf-2-llama oasst-sft-6-llama oasst-sft-7-llama"), ("oasst", "oasst-sft oasst-rm"),
-    ("stablelm", "stablelm-tuned-alpha"), ("baize", "baize"), ("phoenix", "phoenix-chat phoenix-inst chimera"),
-    ("falcon_chat", "falcon-180b-chat"), ("falcon", "falcon-7b-instruct falcon-40b-instruct"),
-    ("baichuan", "baichuan2-7b-chat baichuan2-13b-chat"), ("baichuan1", "baichuan-13b-chat"),
-    ("internlm", "internlm-chat"), ("chinese_alpaca2", "chinese-alpaca-2"), ("chinese_alpaca", "chinese-alpaca"),
-    ("chatyuan", "chatyuan"), ("firefly", "firefly"), ("guanaco", "guanaco"), ("wizardlm", "wizardlm-7b"),
-    ("chatrwkv", "rwkv-4-raven"), ("plain", "bloomz mt0"), ("gpt4all", "gpt4all-j gpt4all-13b"), ("mpt", "mpt-7b-chat"),
-    ("starchat", "starchat"), ("aquila", "aquilachat"), ("h2ogpt", "h2ogpt"), ("deepseek_coder", "deepseek-coder-"
-     "1.3b-instruct deepseek-coder-6.7b-instruct deepseek-coder-33b-instruct"), ("deepseek", "deepseek-llm-7b-chat "
-     "deepseek-llm-67b-chat"), ("qwen", "qwen-7b-chat qwen-14b-chat qwen-72b-chat qwen-1_8b-chat"))
+     "redpajama-incite-7b-chat"), ("belle", "belle-7b belle-llama"), ("billa", "billa-7b-sft"), (None, "stable-vicuna"),
+    ("alpaca", "chinese-vicuna"), ("vicuna_v0", "vicuna-7b-delta-v0 vicuna-13b-delta-v0"), ("vicuna", "vicuna"),
+    ("koala", "koala-7b koala-13b"), ("oasst_llama", "oasst-rlhf-2-llama oasst-sft-6-llama oasst-sft-7-llama"),
+    ("oasst", "oasst-sft oasst-rm"), ("stablelm", "stablelm-tuned-alpha"), ("baize", "baize-"),
+    ("phoenix", "phoenix-chat phoenix-inst chimera-chat chimera-inst"), ("falcon_chat", "falcon-180b-chat"),
+    ("falcon", "falcon-7b-instruct falcon-40b-instruct"), ("baichuan", "baichuan2-7b-chat baichuan2-13b-chat"),
+    ("baichuan1", "baichuan-13b-chat"), ("internlm", "internlm-chat"), ("chinese_alpaca2", "chinese-alpaca-2"),
+    ("chinese_alpaca", "chinese-alpaca"), ("chatyuan", "chatyuan-large"), ("firefly", "firefly-7b firefly-baichuan "
+     "firefly-bloom firefly-internlm firefly-llama"), ("guanaco", "guanaco-7b guanaco-13b guanaco-33b guanaco-65b"),
+    ("huatuo", "huatuo-llama"), ("robin", "robin-7b robin-13b robin-33b robin-65b"), ("wizardlm", "wizardlm-7b"),
+    ("ziya", "ziya-llama"), ("chatrwkv", "rwkv-4-raven rwkv-raven"), ("rwkv_world", "rwkv-4-world rwkv-5-world"),
+    ("plain", "bloomz mt0"), ("gpt4all", "gpt4all-j gpt4all-13b"), ("mpt", "mpt-7b-chat"),
+    ("starchat", "starchat-alpha starchat-beta"), ("aquila", "aquilachat-7b"), ("h2ogpt", "en-2048-open-llama"),
+    ("deepseek_coder", "deepseek-coder-1.3b-instruct deepseek-coder-6.7b-instruct deepseek-coder-33b-instruct"),
+    ("deepseek", "deepseek-llm-7b-chat deepseek-llm-67b-chat"),
+    ("qwen", "qwen-7b-chat qwen-14b-chat qwen-72b-chat qwen-1-8b-chat"))
     for word in words.split())
 
 
@@ -73,11 +78,10 @@ def guess(name: str, tokenizer=None) -> str | None:
     """The format of a public model, by the tokens of its vocabulary or by its name: "THUDM/chatglm-6b" -> "chatglm";
     None where that is not certain."""
     if tokenizer is not None:
-        there = tokenizer.named.keys()
         for tokens, found in BY_TOKENS:
-            if all(t in there for t in (tokens.split() if " <" in tokens else [tokens])):
+            if all(t in tokenizer.named for t in tokens):
                 return found
-    name = name.lower().replace("_", "-").replace("qwen-1-8b", "qwen-1_8b")
+    name = name.lower().replace("_", "-")
     return next((found for word, found in BY_NAME if word in name), None)
 
 
@@ -198,9 +202,10 @@ def jinja_pieces(tokenizer, template: str, messages: list[dict], prompt: bool) -
     parts = re.split("\ue000(\\d+)\ue001", show(marked, prompt))           # format, number, format, number, ... format
     words = what_is_printed(messages, parts, show(messages, prompt))
     pieces, shown = [(parts[0], F)], parts[0]
+    opens = [before for before, i in zip(parts[::2], parts[1::2]) if messages[int(i)]["role"] == "user"]
     for number, content, text in zip(map(int, parts[1::2]), words, parts[2::2]):
         if messages[number]["role"] == "assistant":
-            if number < len(messages) - 1 and not ends_turn(tokenizer, text):
+            if number < len(messages) - 1 and not ends_turn(tokenizer, text, opens):
                 pieces += [(content, U), (text, F)]       # an earlier answer without an end: part of the prompt
                 shown += MARK.format(number) + text
                 continue
@@ -218,7 +223,8 @@ def jinja_pieces(tokenizer, template: str, messages: list[dict], prompt: bool) -
 
 
 def what_is_printed(messages: list[dict], parts: list[str], text: str) -> list[str]:
-    """The words of each mark as the template printed them: as they are, or with blanks or newlines taken off."""
+    """The words of each mark as the template printed them: as they are, with blanks or newlines taken off, or with
+    newlines as \\n."""
     at, words, numbers = len(parts[0]), [], [int(n) for n in parts[1::2]]
     for i, m in enumerate(messages):
         n = numbers.count(i)
@@ -227,7 +233,7 @@ def what_is_printed(messages: list[dict], parts: list[str], text: str) -> list[s
                             f"Pass --template with one of {', '.join(FORMATS)}")
     for number, behind in zip(numbers, parts[2::2]):
         c = messages[number]["content"]
-        ways = (c, c.strip(), c.rstrip(), c.lstrip(), c.strip("\n"), c.rstrip("\n"), c.lstrip("\n"))
+        ways = (c, c.strip(), c.rstrip(), c.lstrip(), c.strip("\n"), c.rstrip("\n"), c.lstrip("\n"), escaped(c))
         words += [w for w in ways if text.startswith(w + behind, at)][:1] or [None]
         if words[-1] is None:
             break
@@ -239,15 +245,23 @@ def what_is_printed(messages: list[dict], parts: list[str], text: str) -> list[s
     return words
 
 
-def ends_turn(tokenizer, behind: str) -> bool:
-    return not behind or behind.lstrip().startswith(tuple(tokenizer.specials) or " ")
+def ends_turn(tokenizer, behind: str, opens: list[str]) -> bool:
+    """Whether what stands behind an earlier answer ends it. A token that opens a question (Baichuan) does so only where
+    generation stops at it (ChatGLM3)."""
+    end = special_at(tokenizer, behind.lstrip())
+    opener = end is not None and any(text.rstrip().endswith(end) for text in opens)
+    return not behind or (end is not None and (not opener or tokenizer.specials[end] in tokenizer.eos_ids))
+
+
+def special_at(tokenizer, text: str) -> str | None:
+    """The special token, the longest of several, that a text begins with."""
+    return max((s for s in tokenizer.specials if text.startswith(s)), key=len, default=None)
 
 
 def answer(tokenizer, words: str, behind: str) -> list[tuple[str, str]]:
     """An answer and what the template prints behind it: first the end token, which is supervised; the rest is not."""
     blank = len(behind) - len(behind.lstrip())
-    names = sorted(tokenizer.specials, key=len, reverse=True)
-    end = next((s for s in names if behind[blank:].startswith(s)), None)
+    end = special_at(tokenizer, behind[blank:])
     if not behind:
         return [(words, A), ("", E)]
     if end is None:

@@ -139,19 +139,21 @@ class Format:
     between: str = ""
     system: str = "{}\n"
     default: str = ""                     # the system text where none is given
+    empty: str = ""                       # what stands there without any
     begin: str = ""
     inside: bool = False                  # the system text stands inside the first question
     history_end: bool = True              # earlier answers have their end token as well
     strip: bool = False                   # words are stripped
+    escape: bool = False                  # newlines and tabs in words become \\n and \\t: T5's vocabulary has neither
 
     def __call__(self, system: str | None, turns: Turns, prompt: bool) -> Pieces:
-        text = system or self.default
+        text = escaped(system or self.default) if self.escape else system or self.default
         before, _, behind = self.system.partition("{}")
-        head = [(before, F), (text, U if system else F), (behind, F)] if text else []
+        head = [(before, F), (text, U if system else F), (behind, F)] if text else [(self.empty, F)]
         pieces: Pieces = [(self.begin, F)] + ([] if self.inside else head)
         left, _, right = self.user.partition("{}")
         for i, (role, words) in enumerate(turns):
-            words = words.strip() if self.strip else words
+            words = words.strip() if self.strip else escaped(words) if self.escape else words
             if role == "user":
                 pieces += [(self.between if i else "", F), (left, F), *(head if self.inside and not i else []),
                            (words, U), (right, F)]
@@ -163,26 +165,30 @@ class Format:
 
     def jinja(self) -> str:
         """The same as a template; DEFAULT and 'EOS' are filled in by checkpoints/export.py."""
+        escape = r""" | replace("\n", "\\n") | replace("\t", "\\t")""" if self.escape else ""
+        words, given = f"(m['content']{' | trim' if self.strip else escape})", f"(system{escape})"
+
         def say(*parts: str) -> str:
-            texts = [json.dumps(p, ensure_ascii=False) if p not in (WORDS, SYSTEM, "'EOS'") else p for p in parts if p]
+            texts = [p if p in (words, given, "'EOS'") else json.dumps(p, ensure_ascii=False) for p in parts if p]
             return "{{ " + " + ".join(texts) + " }}" if texts else ""
 
         before, _, behind = self.system.partition("{}")
         left, _, right = self.user.partition("{}")
-        head = "{% if system %}" + say(before, SYSTEM, behind) + "{% endif %}"
-        words = "(m['content'] | trim)" if self.strip else WORDS
-        ended, bare = (say(self.lead, WORDS, self.tail, "'EOS'"), say(self.lead, WORDS, self.tail))
+        head = "{% if system %}" + say(before, given, behind) + "{% else %}" + say(self.empty) + "{% endif %}"
+        ended, bare = (say(self.lead, words, self.tail, "'EOS'"), say(self.lead, words, self.tail))
         if not self.history_end:
             ended = "{% if loop.last %}" + ended + "{% else %}" + bare + "{% endif %}"
         question = "{% if not loop.first %}" + say(self.between) + "{% endif %}" if self.between else ""
         question += say(left) + ("{% if loop.first %}" + head + "{% endif %}" if self.inside else "")
-        text = (ROW_HEAD + say(self.begin) + ("" if self.inside else head) + "{% for m in turns %}"
-                "{% if m['role'] == 'user' %}" + question + say(WORDS, right) + "{% else %}" + say(self.answer) +
+        return (ROW_HEAD + say(self.begin) + ("" if self.inside else head) + "{% for m in turns %}"
+                "{% if m['role'] == 'user' %}" + question + say(words, right) + "{% else %}" + say(self.answer) +
                 ended + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + say(self.answer) + "{% endif %}")
-        return text.replace(WORDS, words)
 
 
-WORDS, SYSTEM = "m['content']", "system"
+def escaped(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\t", "\\t")
+
+
 ROW_HEAD = ("{% set given = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
             "{% set system = given if given else DEFAULT %}"
             "{% set turns = messages[1:] if messages[0]['role'] == 'system' else messages %}")
@@ -242,7 +248,8 @@ ROWS = {
     "billa": Format("BiLLa-7B-SFT", "Human: {}\n", "Assistant: ", between="\n", history_end=False),
     "chatrwkv": Format("ChatRWKV Raven", "Bob: {}\n\n", "Alice:", " ", between="\n\n", system="{}\n\n",
                        history_end=False),
-    "chatyuan": Format("ChatYuan", "\u7528\u6237\uff1a{}\n", "\u5c0f\u5143\uff1a", between="\n", history_end=False),
+    "chatyuan": Format("ChatYuan-large", "\u7528\u6237\uff1a{}\\n", "\u5c0f\u5143\uff1a", between="\\n", system="{}\\n",
+                       history_end=False, escape=True),
     "chinese_alpaca": Format("Chinese-Alpaca", "### Instruction:\n\n{}\n\n", "### Response:\n\n", between="\n\n",
                              system="{}\n\n", default=ALPACA),
     "chinese_alpaca2": Format("Chinese-Alpaca-2", "[INST] {} [/INST]", "", " ", between="<s>",
@@ -251,7 +258,7 @@ ROWS = {
                                   "\u7684\u52a9\u624b\u3002")),
     "deepseek": Format("DeepSeek-LLM-Chat", "User: {}\n\n", "Assistant:", " ", system="{}\n\n",
                        end="<\uff5cend\u2581of\u2581sentence\uff5c>"),
-    "deepseek_coder": Format("DeepSeek-Coder-Instruct", "### Instruction:\n{}\n", "### Response:\n", tail="\n",
+    "deepseek_coder": Format("DeepSeek-Coder-Instruct", "### Instruction:\n{}\n", "### Response:", "\n", "\n",
                              end="<|EOT|>", between="\n", default=CODER),
     "dolly": Format("Dolly v2", "### Instruction:\n{}\n\n", "### Response:\n", tail="\n\n", end="### End",
                     between="\n\n", system="{}\n\n", default=ALPACA),
@@ -267,6 +274,9 @@ ROWS = {
     "guanaco": Format("Guanaco (QLoRA)", "### Human: {}\n", "### Assistant:", " ", between="\n", history_end=False,
                       default=HUMAN.replace("the human's", "the user's")),
     "h2ogpt": Format("h2oGPT", "<|prompt|>{}</s>", "<|answer|>", end="</s>", system="{}"),
+    "huatuo": Format("HuaTuo", "### \u95ee\u9898:\n{}\n", "### \u56de\u7b54:\n", between="\n", default=(
+        "\u4e0b\u9762\u662f\u4e00\u4e2a\u95ee\u9898\uff0c\u8fd0\u7528\u533b\u5b66\u77e5\u8bc6\u6765\u6b63\u786e"
+        "\u56de\u7b54\u63d0\u95ee.")),
     "internlm": Format("InternLM-Chat", "<|User|>:{}<eoh>\n", "<|Bot|>:", end="<eoa>", between="\n"),
     "koala": Format("Koala", "USER: {} ", "GPT:", " ", system="{} ", default="BEGINNING OF CONVERSATION:"),
     "mistral": Format("Mistral-7B-Instruct v0.1, v0.2", "[INST] {} [/INST]", "", **INST),
@@ -283,16 +293,19 @@ ROWS = {
                    system="<|system|>\n{}<|end|>\n"),
     "phoenix": Format("Phoenix, Chimera", "Human: <s>{}</s>", "Assistant: <s>", end="</s>", system="{}\n\n",
                       default=HUMAN),
-    "plain": Format("BLOOMZ, mT0 and base models: the words alone", "{}\n", "", between="\n", history_end=False),
+    "plain": Format("BLOOMZ, mT0 and base models: the words alone", "{}", "", " ", between="\n", history_end=False),
     "qwen": Format("Qwen-Chat", **IM, default="You are a helpful assistant."),
     "redpajama": Format("RedPajama-INCITE-Chat", **DIALOG),
+    "robin": Format("LMFlow's Robin", "###Human: {}", "###Assistant:", " ", between="\n", system="{}", default=HUMAN,
+                    history_end=False),
     "rwkv_world": Format("RWKV World", "User: {}\n\n", "Assistant:", " ", between="\n\n", system="{}\n\n",
                          history_end=False),
     "stablelm": Format("StableLM-Tuned-Alpha", "<|USER|>{}", "<|ASSISTANT|>", system="<|SYSTEM|>{}",
                        default=STABLELM, history_end=False),
-    "starchat": Format("StarChat", "<|user|>\n{}<|end|>\n", "<|assistant|>\n", end="<|end|>", between="\n",
-                       system="<|system|>\n{}<|end|>\n"),
+    "starchat": Format("StarChat", "<|user|>\n{}<|end|>\n", "<|assistant|>", "\n", end="<|end|>", between="\n",
+                       system="<|system|>\n{}<|end|>\n", empty="<|system|>\n<|end|>\n"),
     "vicuna_v0": Format("Vicuna v0", "### Human: {}\n", "### Assistant:", " ", between="\n", default=HUMAN,
                         history_end=False),
     "wizardlm": Format("WizardLM-7B", "{}\n\n", "### Response:", between="\n\n", system="{}\n\n"),
+    "ziya": Format("Ziya-LLaMA", "<human>:{}\n", "<bot>:", between="\n", history_end=False),
 }

@@ -173,9 +173,20 @@ class SentencePiece:
         self.vocab = {self.sp.id_to_piece(i): i for i in range(self.sp.vocab_size())}
         first = self.sp.encode("a")
         self.prefix = bool(first) and self.sp.id_to_piece(first[0]).startswith(BLOCK)
+        self.find_hidden: regex.Pattern | None = None
+
+    def hide(self, names) -> None:
+        """The library finds the user's own symbols wherever they stand (Gemma's <start_of_turn>): those that steer the
+        model shall be text there. They are cut behind their first character, and no longer found."""
+        hidden = {name: i for name, i in names.items() if len(name) > 1 and i in self.continued.encode(name)}
+        self.find_hidden = name_pattern(hidden, {})
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        return (self.sp if start else self.continued).encode(text)
+        ids, at = [], 0
+        for match in self.find_hidden.finditer(text) if self.find_hidden else ():
+            ids += (self.sp if start else self.continued).encode(text[at:match.start() + 1])
+            at, start = match.start() + 1, False
+        return ids + (self.sp if start else self.continued).encode(text[at:])
 
     def token_bytes(self, token: str) -> bytes:
         i = self.vocab[token]

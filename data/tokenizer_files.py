@@ -36,6 +36,8 @@ from data.tokenizer import (
 
 # These names steer the model, even where a file lists them as ordinary words.
 STEERING = re.compile("<[|\uff5c].+[|\uff5c]>|<(start|end)_of_turn>")
+# These as well (Gemma, InternLM, MOSS, Baichuan), and files list them among the pieces of words.
+ROLES = re.compile(r"<(start|end)_of_turn>|<eo[ahm]>|<reserved_\d+>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>")
 
 
@@ -43,6 +45,18 @@ NOT_READ = {".pkl": "a Python pickle could run any code: write nanoGPT's or nano
 
 
 def from_file(path: Path) -> Tokenizer | None:
+    """The tokenizer, and one trial: what is damaged shows here, not in the middle of a training."""
+    try:
+        tokenizer = read_file(path)
+        if tokenizer is not None:
+            tokenizer.decode(tokenizer.encode("Hello, world 12\n\u4f60\u597d e\u0301 <0x41>", special=True))
+        return tokenizer
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError,
+            struct.error) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+def read_file(path: Path) -> Tokenizer | None:
     """By the name of the file; which tokenizer is in a .model file, its content and the settings beside it tell."""
     from data import tokenizer_gguf, tokenizer_json, tokenizer_makers  # they build on what stands below
     if path.suffix == ".gguf":
@@ -158,6 +172,9 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
         return bool(t.get("special")) or bool(STEERING.fullmatch(t["content"]))
 
     specials, words = ({t["content"]: t["id"] for t in added if is_special(t) == kind} for kind in (True, False))
+    if not isinstance(core, ByteBPE):
+        specials |= {t: i for t, i in core.vocab.items() if t[:1] == "<" and t not in specials and ROLES.fullmatch(t)}
+        words = {t: i for t, i in words.items() if t not in specials}
     shapes = {}
     for t in added:
         edge = (r"(?<!\w)", r"(?!\w)") if t.get("single_word") else ("", "")
@@ -169,6 +186,8 @@ def build(core, added: list[dict], settings: dict, *, bos: int | None = None, eo
     stops = [s for s in stops if s is not None] or list(eos)
     if template:                                          # a model that was taught to chat also stops after its turn
         stops += [specials[t] for t in TURN_ENDS if t in specials and (t in template or t == "<|end_of_text|>")]
+    if isinstance(core, SentencePiece):
+        core.hide(specials)
     for t in specials:                                    # what steers the model can only be asked for by name
         core.vocab.pop(t, None)
     second = {t["content"] for t in added if t.get("normalized") and not is_special(t)}
@@ -350,9 +369,10 @@ def json_files(tokenizer: Tokenizer, merges: list, core: ByteBPE | CharBPE | Non
              "vocab": vocab, "merges": [list(m) for m in merges]}
     if isinstance(core, ByteBPE):
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        splits = [{"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": s.behavior, "invert": s.invert}
-                  for s in core.splits]
-        pre, normalizer = {"type": "Sequence", "pretokenizers": [*splits, level]}, {"type": "NFC"} if core.nfc else None
+        steps = [level if s is None else {"type": "Split", "pattern": {"Regex": s.pattern}, "behavior": s.behavior,
+                                          "invert": s.invert} for s in core.splits]
+        steps += [] if level in steps else [level]
+        pre, normalizer = {"type": "Sequence", "pretokenizers": steps}, {"type": "NFC"} if core.nfc else None
         model["ignore_merges"], decoder = core.ignore_merges, level
     else:
         model |= {"unk_token": tokenizer.token_of[core.unk_id], "fuse_unk": True, "byte_fallback": True}

@@ -26,13 +26,12 @@ def from_gguf(path: Path) -> Tokenizer | None:
         return None
     if kind not in READERS:
         raise UserError(f"{path}: a tokenizer of kind {kind!r} is not supported; known: {', '.join(READERS)}")
-    try:
-        tokens, types = [str(t) for t in meta["tokens"]], [int(t) for t in meta.get("token_type", [])]
-        bos, eos, eot, pad, unk = (None if (i := meta.get(f"{name}_token_id")) is None else int(i)
-                                   for name in ("bos", "eos", "eot", "padding", "unknown"))
-        core, merges, add_bos = READERS[kind](path, meta, tokens, types, unk)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: its tokenizer is incomplete or damaged: {type(error).__name__} {error}") from None
+    if missing := [k for k in ("tokens", "scores" if kind in ("llama", "t5") else "merges") if k not in meta]:
+        raise UserError(f"{path}: its tokenizer is incomplete: it lacks tokenizer.ggml.{missing[0]}")
+    tokens, types = [str(t) for t in meta["tokens"]], [int(t) for t in meta.get("token_type", [])]
+    bos, eos, eot, pad, unk = (None if (i := meta.get(f"{name}_token_id")) is None else int(i)
+                               for name in ("bos", "eos", "eot", "padding", "unknown"))
+    core, merges, add_bos = READERS[kind](path, meta, tokens, types, unk)
     # [PAD7] and the like fill the table up and are nobody's name.
     added = [{"content": t, "id": i, "special": types[i] == 3} for i, t in enumerate(tokens[:len(types)])
              if types[i] in (3, 4) and t and not re.fullmatch(r"\[PAD\d+\]", t)]

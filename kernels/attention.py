@@ -354,10 +354,10 @@ def dkv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, FIRST, LAST, SLOPES, qb, qh, qt,
 # ---------------------------------------------------------------- launch
 
 def launch(table: dict, x: Tensor) -> dict:
-    """Tile sizes for x's card and head dim. fp32 tiles are twice as large: half the rows."""
+    """Tile sizes for x's card and head dim. fp32 has no tensor cores: a quarter of the rows, spread over more threads."""
     queries, keys, stages, warps, *split = tiles(table, architecture(x), x.shape[-1])
     if x.element_size() == 4:
-        queries, keys, stages = max(16, queries // 4), max(16, keys // 4), 1
+        queries, keys, stages, warps = max(16, queries // 4), max(16, keys // 4), 1, 8
     return {"D": x.shape[-1], "BD": power_of_two(max(16, x.shape[-1])), "BM": queries, "BN": keys,
             "num_stages": stages, "num_warps": warps, **({"SPLIT": bool(split[0])} if split else {})}
 

@@ -275,11 +275,11 @@ def attention_step(function: Callable, data: dict, train: bool) -> Callable:
 def ours_attention(data: dict) -> Callable:
     """The kernel, also for the plain causal mask, which `attention` itself hands to the library."""
     def function(q, k, v):
-        os.environ["KERNELS"] = "triton" if q.is_cuda else "torch"
+        os.environ["CHATPIXIU_KERNELS"] = "triton" if q.is_cuda else "torch"
         try:
             return attention.attention(q, k, v, data["spans"], data["slopes"], data["softcap"])
         finally:
-            del os.environ["KERNELS"]
+            del os.environ["CHATPIXIU_KERNELS"]
     return function
 
 

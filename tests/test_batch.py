@@ -71,7 +71,8 @@ def test_plain_text_is_supervised_whole(tokenizer):
 
 
 def test_last_answers_as_in_its_docstring_and_texts_without_a_prompt(tokenizer, capsys):
-    samples = batch.Samples([{"ids": list(range(9)), "mask": [0, 0, 1, 1, 0, 0, 1, 1, 0]}, {"ids": [5, 6], "mask": [0, 1]}])
+    samples = batch.Samples([{"ids": list(range(9)), "mask": [0, 0, 1, 1, 0, 0, 1, 1, 0]},
+                             {"ids": [5, 6], "mask": [0, 1]}])
     kept = batch.last_answers(samples)
     assert [s["mask"] for s in kept] == [[0, 0, 0, 0, 0, 0, 1, 1], [0, 1]] and kept[0]["ids"] == list(range(8))
     assert kept.counts == {"earlier answers read as prompt": 1}

@@ -1,5 +1,6 @@
 """data/chat.py: what a conversation becomes. One pass, prompts are prefixes, one BOS, the end token supervised, and
 nothing that a user types can pretend to be the format."""
+import copy
 import json
 
 import pytest
@@ -164,8 +165,8 @@ HUMAN = ("A chat between a curious human and an artificial intelligence assistan
 OURS = {
     "chatglm": "Be kind.\n[Round 0]\n\u95ee\uff1aHi\n\u7b54\uff1aHello\n[Round 1]\n\u95ee\uff1aAnd?\n\u7b54\uff1a"
                "[gMASK]<sop>[[Bye<eop>]]",
-    "chatglm2": "[gMASK]sopBe kind.\n\n[Round 1]\n\n\u95ee\uff1aHi\n\n\u7b54\uff1aHello\n\n[Round 2]\n\n\u95ee\uff1aAnd?"
-                "\n\n\u7b54\uff1a[[ Bye</s>]]",
+    "chatglm2": "[gMASK]sopBe kind.\n\n[Round 1]\n\n\u95ee\uff1aHi\n\n\u7b54\uff1aHello\n\n"
+                "[Round 2]\n\n\u95ee\uff1aAnd?\n\n\u7b54\uff1a[[ Bye</s>]]",
     "chatglm3": "[gMASK]sop<|system|>\n Be kind.<|user|>\n Hi<|assistant|>[[\n Hello<|user|>]]\n And?<|assistant|>"
                 "[[\n Bye<|user|>]]",
     "glm4": "[gMASK]<sop><|system|>\nBe kind.<|user|>\nHi<|assistant|>[[\nHello<|user|>]]\nAnd?<|assistant|>"
@@ -177,14 +178,15 @@ OURS = {
     "belle": "Be kind.\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant:[[ Bye</s>]]",
     "billa": "Be kind.\nHuman: Hi\nAssistant: Hello\nHuman: And?\nAssistant: [[Bye</s>]]",
     "chatrwkv": "Be kind.\n\nBob: Hi\n\nAlice: Hello\n\nBob: And?\n\nAlice:[[ Bye</s>]]",
-    "chatyuan": "Be kind.\n\u7528\u6237\uff1aHi\n\u5c0f\u5143\uff1aHello\n\u7528\u6237\uff1aAnd?\n\u5c0f\u5143\uff1a[[Bye</s>]]",
+    "chatyuan": r"Be kind.\n用户：Hi\n小元：Hello\n用户：And?\n小元：[[Bye</s>]]",
     "chinese_alpaca": "Be kind.\n\n### Instruction:\n\nHi\n\n### Response:\n\n[[Hello</s>]]\n\n### Instruction:\n\nAnd?"
                       "\n\n### Response:\n\n[[Bye</s>]]",
-    "chinese_alpaca2": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST][[ Hello</s>]]<s>[INST] And? [/INST][[ Bye</s>]]",
+    "chinese_alpaca2": "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST][[ Hello</s>]]<s>[INST] And? [/INST]"
+                       "[[ Bye</s>]]",
     "deepseek": "Be kind.\n\nUser: Hi\n\nAssistant:[[ Hello<\uff5cend\u2581of\u2581sentence\uff5c>]]User: And?\n\n"
                 "Assistant:[[ Bye<\uff5cend\u2581of\u2581sentence\uff5c>]]",
-    "deepseek_coder": "Be kind.\n### Instruction:\nHi\n### Response:\n[[Hello\n<|EOT|>]]\n### Instruction:\nAnd?\n"
-                      "### Response:\n[[Bye\n<|EOT|>]]",
+    "deepseek_coder": "Be kind.\n### Instruction:\nHi\n### Response:[[\nHello\n<|EOT|>]]\n### Instruction:\nAnd?\n"
+                      "### Response:[[\nBye\n<|EOT|>]]",
     "dolly": "Be kind.\n\n### Instruction:\nHi\n\n### Response:\n[[Hello\n\n### End]]\n\n### Instruction:\nAnd?\n\n"
              "### Response:\n[[Bye\n\n### End]]",
     "falcon": "Be kind.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: And?\n\nAssistant:[[ Bye</s>]]",
@@ -196,6 +198,8 @@ OURS = {
                "[[Bye</s>]]",
     "guanaco": "Be kind.\n### Human: Hi\n### Assistant: Hello\n### Human: And?\n### Assistant:[[ Bye</s>]]",
     "h2ogpt": "Be kind.<|prompt|>Hi</s><|answer|>[[Hello</s>]]<|prompt|>And?</s><|answer|>[[Bye</s>]]",
+    "huatuo": "Be kind.\n### \u95ee\u9898:\nHi\n### \u56de\u7b54:\n[[Hello</s>]]\n### \u95ee\u9898:\nAnd?\n"
+              "### \u56de\u7b54:\n[[Bye</s>]]",
     "internlm": "Be kind.\n<|User|>:Hi<eoh>\n<|Bot|>:[[Hello<eoa>]]\n<|User|>:And?<eoh>\n<|Bot|>:[[Bye<eoa>]]",
     "koala": "Be kind. USER: Hi GPT:[[ Hello</s>]]USER: And? GPT:[[ Bye</s>]]",
     "mistral": "[INST] Be kind.\n\nHi [/INST][[ Hello</s>]][INST] And? [/INST][[ Bye</s>]]",
@@ -212,25 +216,32 @@ OURS = {
     "phi3": "<|system|>\nBe kind.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n[[Hello<|end|>]]\n<|user|>\nAnd?<|end|>\n"
             "<|assistant|>\n[[Bye<|end|>]]",
     "phoenix": "Be kind.\n\nHuman: <s>Hi</s>Assistant: <s>[[Hello</s>]]Human: <s>And?</s>Assistant: <s>[[Bye</s>]]",
-    "plain": "Be kind.\nHi\nHello\nAnd?\n[[Bye</s>]]",
+    "plain": "Be kind.\nHi Hello\nAnd?[[ Bye</s>]]",
+    "robin": "Be kind.###Human: Hi###Assistant: Hello\n###Human: And?###Assistant:[[ Bye</s>]]",
     "rwkv_world": "Be kind.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: And?\n\nAssistant:[[ Bye</s>]]",
     "stablelm": "<|SYSTEM|>Be kind.<|USER|>Hi<|ASSISTANT|>Hello<|USER|>And?<|ASSISTANT|>[[Bye</s>]]",
     "vicuna_v0": "Be kind.\n### Human: Hi\n### Assistant: Hello\n### Human: And?\n### Assistant:[[ Bye</s>]]",
-    "wizardlm": "Be kind.\n\nHi\n\n### Response:[[Hello</s>]]\n\nAnd?\n\n### Response:[[Bye</s>]]"}
-OURS["starchat"] = OURS["phi3"]
+    "wizardlm": "Be kind.\n\nHi\n\n### Response:[[Hello</s>]]\n\nAnd?\n\n### Response:[[Bye</s>]]",
+    "starchat": "<|system|>\nBe kind.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>[[\nHello<|end|>]]\n"
+                "<|user|>\nAnd?<|end|>\n<|assistant|>[[\nBye<|end|>]]",
+    "ziya": "Be kind.\n<human>:Hi\n<bot>:Hello\n<human>:And?\n<bot>:[[Bye</s>]]"}
 # What a format says where no system text is given, in front of the first question: (text, a question's beginning).
 DEFAULTS = {
     "aquila": HUMAN("human") + "###Human: Hi", "baize": "exactly that format.\n[|Human|]Hello!\n[|AI|]Hi!\n[|Human|]Hi",
     "chinese_alpaca": chat.ALPACA + "\n\n### Instruction:\n\nHi", "dolly": chat.ALPACA + "\n\n### Instruction:\nHi\n\n",
     "chinese_alpaca2": "[INST] <<SYS>>\nYou are a helpful assistant. \u4f60\u662f\u4e00\u4e2a\u4e50\u4e8e\u52a9\u4eba"
                        "\u7684\u52a9\u624b\u3002\n<</SYS>>\n\nHi [/INST]",
-    "deepseek_coder": "you will refuse to answer.\n### Instruction:\nHi\n### Response:\n",
-    "gpt4all": "### Instruction:\nThe prompt below is a question to answer, a task to complete, or a conversation to respond"
-               " to; decide which and write an appropriate response.\n### Prompt:\nHi\n### Response:\n",
+    "deepseek_coder": "you will refuse to answer.\n### Instruction:\nHi\n### Response:",
+    "gpt4all": "### Instruction:\nThe prompt below is a question to answer, a task to complete, or a conversation to "
+               "respond to; decide which and write an appropriate response.\n### Prompt:\nHi\n### Response:\n",
     "guanaco": HUMAN("user") + "\n### Human: Hi\n### Assistant:", "koala": "BEGINNING OF CONVERSATION: USER: Hi GPT:",
-    "moss": "You are an AI assistant whose name is MOSS.\n- MOSS is a conv", "vicuna_v0": HUMAN("human") + "\n### Human: Hi",
+    "moss": "You are an AI assistant whose name is MOSS.\n- MOSS is a conv",
+    "vicuna_v0": HUMAN("human") + "\n### Human: Hi",
+    "robin": HUMAN("human") + "###Human: Hi###Assistant:",
+    "huatuo": "\u6765\u6b63\u786e\u56de\u7b54\u63d0\u95ee.\n### \u95ee\u9898:\nHi\n### \u56de\u7b54:\n",
     "mpt": "<|im_start|>system\n- You are a helpful assistant chatbot trained by MosaicML.\n- You answer questions.\n",
-    "phoenix": HUMAN("human") + "\n\nHuman: <s>Hi</s>Assistant: <s>", "stablelm": "harm a human.\n<|USER|>Hi<|ASSISTANT|>",
+    "phoenix": HUMAN("human") + "\n\nHuman: <s>Hi</s>Assistant: <s>",
+    "stablelm": "harm a human.\n<|USER|>Hi<|ASSISTANT|>",
     "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"}
 
 
@@ -244,6 +255,13 @@ def test_what_the_formats_of_one_system_write(name, full):
 def test_what_stands_there_without_a_system_text(name, full):
     full.chat_template = name
     assert DEFAULTS[name] in marked(full, messages("Hi"), True)
+
+
+def test_starchat_prints_an_empty_system_text_and_chatyuan_no_newline(full):
+    full.chat_template = "starchat"
+    assert marked(full, messages("Hi"), True) == "<|system|>\n<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>"
+    full.chat_template = "chatyuan"
+    assert marked(full, messages("a\nb\tc", "d\ne")) == r"用户：a\nb\tc\n小元：[[d\ne</s>]]"
 
 
 def test_chatglm_s_first_question_stands_alone(full):
@@ -264,6 +282,14 @@ def test_all_built_in_formats_are_in_these_tests():
     assert set(DEFAULTS) == {name for name, row in chat.ROWS.items() if row.default}
 
 
+def in_format(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """The same tokenizer in another format, "jinja x" = the template x; it stops where the format ends an answer."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.eos_ids, tokenizer.chat_template = list(tokenizer.eos_ids), JINJA.get(name.removeprefix("jinja "))
+    chat.use_format(tokenizer, "" if name.startswith("jinja") else name)
+    return tokenizer
+
+
 WORDS = ["Hi", " ", "\n", "  x", "[INST]", "\u4f60\u597d", "\U0001f600", "<s>", "</s>", "<|im_end|>", "assistant",
          "\ue0000\ue001"]
 words = st.lists(st.one_of(st.sampled_from(WORDS), st.text(st.characters(exclude_categories=["Cs"]), max_size=4)),
@@ -271,19 +297,18 @@ words = st.lists(st.one_of(st.sampled_from(WORDS), st.text(st.characters(exclude
 
 
 @pytest.mark.parametrize("name", [*EXPECTED, *OURS, *(f"jinja {name}" for name in JINJA)])
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(question=words, answer=words, system=words, second=words)
 def test_prompt_ids_are_a_prefix_and_there_is_one_bos(name, question, answer, system, second, anywhere):
     """On bytes and on SentencePiece-like BPE, whose merges reach across the border of prompt and answer."""
-    t = anywhere
-    t.chat_template = JINJA[name[6:]] if name.startswith("jinja") else name
+    t = in_format(anywhere, name)
     for rows in (messages(question, system=system.strip()), messages(question, answer, second)):
         prompt, before = t.render(rows, add_generation_prompt=True)
         ids, mask = t.render([*rows, {"role": "assistant", "content": answer}])
         assert ids[:len(prompt)] == prompt and mask[:len(prompt)] == before
         if len(rows) < 3:
             assert not any(before)
-            assert (ids.count(t.bos_id) == 1 or name == "phoenix") and ids[0] == t.bos_id     # Phoenix writes <s> itself
+            assert ids[0] == t.bos_id and (ids.count(t.bos_id) == 1 or name == "phoenix")     # which writes <s> itself
         said = [i for i, m in zip(ids[len(prompt):], mask[len(prompt):]) if m]
         assert said and said[-1] in t.eos_ids, "the end token is not supervised"
         assert all(i not in t.special_ids for i in said[:-1])
@@ -373,7 +398,7 @@ def test_the_exported_jinja_renders_the_same(name, more, tokenizer, full):
     for rows, prompt in ((messages("Hi", "Hello", "And?", "Bye"), False), (messages("Hi", system="Be kind."), True),
                          (messages("Hi", "Hello", "And?"), True), (messages("Hi", "Hello"), False),
                          (messages(" Hi\n", "Hello", "And?", " Bye ", "So?", "\u4f60\u597d", system="B."), False)):
-        tokenizer.chat_template = name
+        tokenizer = in_format(tokenizer, name)
         expected = tokenizer.render(rows, prompt)
         tokenizer.chat_template = jinja(name, tokenizer)
         assert tokenizer.render(rows, prompt) == expected, (name, len(rows), prompt)
@@ -455,12 +480,14 @@ def test_bad_templates_are_clear_errors(template, says, tokenizer):
 def test_what_a_model_without_a_template_gets(tokenizer, full):
     """By tokens that one system alone has, by its name, else as it always was."""
     for name, found in (("THUDM/chatglm-6b", "chatglm"), ("THUDM/chatglm2-6b-int4", "chatglm2"),
-                        ("chatglm3-6b-base", "chatglm3"), ("fnlp/moss-moon-003-sft", "moss"), ("lmsys/vicuna-7b-v1.5", "vicuna"),
+                        ("chatglm3-6b-base", "chatglm3"), ("fnlp/moss-moon-003-sft", "moss"),
+                        ("lmsys/vicuna-7b-v1.5", "vicuna"),
                         ("lmsys/vicuna-13b-delta-v0", "vicuna_v0"), ("databricks/dolly-v2-3b", "dolly"),
                         ("Qwen/Qwen-1_8B-Chat", "qwen"), ("huggyllama/llama-7b", None), ("", None)):
         assert chat.guess(name) == found, name
         assert found is None or found in chat.FORMATS
-    assert {found for _, found in (*chat.BY_TOKENS, *chat.BY_NAME)} <= set(chat.FORMATS)
+    assert {found for _, found in (*chat.BY_TOKENS, *chat.BY_NAME)} <= {*chat.FORMATS, None}
+    assert chat.guess("Facico/Chinese-Vicuna-lora-7b") == "alpaca" and chat.guess("stable-vicuna-13b-delta") is None
     assert chat.guess("", full) == "moss" and chat.guess("", tokenizer) is None
     full.chat_template, full.origin = None, "THUDM/chatglm-6b"
     for token in ("<|MOSS|>", "<eoa>", "### End", "<|USER|>", "<start_of_turn>"):

@@ -719,7 +719,7 @@ def test_tensors_that_do_not_fit(wrong, saved):
 
 
 WRONG_CONFIGS = {
-    "family": ({"model_type": "gpt_j"}, "model_type 'gpt_j' is not a family that is known; known: .*llama, .*mistral, "),
+    "family": ({"model_type": "gpt_j"}, "model_type 'gpt_j' is not a family that is known; .*llama, .*mistral"),
     "no family": ({"model_type": None}, "model_type None is not a family"),
     "rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
              "unknown rope type 'spiral'; known: default, linear, dynamic, llama3, yarn"),

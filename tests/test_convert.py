@@ -2,7 +2,6 @@
 read by transformers, and the two must agree to the last bit where nothing was merged.
 """
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from test_families import IDS, MODELS, theirs_of, theirs_on
 
 import checkpoints
 from checkpoints import __main__ as command
-from checkpoints import export, formats
+from checkpoints import export, formats, others
 from checkpoints.convert import convert
 from common import UserError
 
@@ -262,6 +261,8 @@ def test_mistral_files(window, tmp_path):
     model, _ = checkpoints.load(folder)
     with torch.no_grad():
         assert_close(model(IDS), theirs_on(theirs, IDS))
+    (folder / "config.json").write_text('{"model_type": "mistral"}', encoding="utf-8")      # Mistral has one, too
+    assert formats.open_source(folder).config["head_dim"] == 20
     convert(folder / "consolidated.safetensors", tmp_path / "out")
     assert_close(theirs_on(reload(tmp_path / "out"), IDS), theirs_on(theirs, IDS))
     (folder / "params.json").unlink()
@@ -317,6 +318,92 @@ def test_an_index_of_mistral_does_not_hide_that_of_the_model(saved, tmp_path):
     model, _ = checkpoints.load(folder)
     with torch.no_grad():
         assert_close(model(IDS), theirs_on(theirs, IDS))
+
+
+# ---------------------------------------------------------------- no decoders, and samples made elsewhere
+
+@pytest.mark.parametrize("kind, own_head", [("v1.0", False), ("v1.1", True), ("mt5", True), ("mt5", False)])
+def test_t5(kind, own_head, tmp_path):
+    from test_t5 import ask, theirs
+    from transformers import AutoModelForSeq2SeqLM
+    reference = theirs(tmp_path / "in", kind, own_head=own_head, decoder_start_token_id=3)
+    convert(tmp_path / "in", tmp_path / "out")
+    again, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    answer = random_ids(2, 4, seed=1)
+    assert torch.equal(ask(again.eval(), IDS, None, answer), ask(reference, IDS, None, answer))
+    ours, _ = checkpoints.load(tmp_path / "out")
+    with torch.no_grad():
+        assert_close(ours(IDS, decoder_ids=answer), ask(reference, IDS, None, answer), 2e-5)
+
+
+@pytest.mark.parametrize("file", ["transformers'", "BlinkDL's"])
+def test_rwkv(file, tmp_path):
+    from test_rwkv import ask, theirs
+    reference = theirs(tmp_path / "in")
+    base = tmp_path / "in"
+    if file == "BlinkDL's":
+        state = reference.state_dict()
+        for theirs_, ours in others.BLINKDL.items():
+            back = theirs_.replace("\\", "").strip("^$"), ours.replace("rwkv.", "")
+            state = {n.replace(back[1], back[0]).removeprefix("rwkv."): t for n, t in state.items()}
+        base = tmp_path / "RWKV-4-Small-ctx64.pth"
+        torch.save(state, base)
+    convert(base, tmp_path / "out")
+    assert_close(ask(reload(tmp_path / "out", "eager"), IDS), ask(reference, IDS), 1e-6)
+
+
+@pytest.mark.parametrize("at", sorted(PARITY.glob("*/*/ckpt")) or [None], ids=str)
+def test_samples_made_elsewhere_are_converted(at, tmp_path):
+    """With adapter or delta where one lies beside; transformers reads the outcome if it has the family, else we do."""
+    from transformers import AutoConfig
+    if at is None or not (reference := torch.load(at.parent / "ref.pt", weights_only=True)):
+        pytest.skip(f"no samples in {PARITY}" if at is None else "a sample of what must not load")
+    more = {"delta": at / "delta", "new_rows": "zero"} if (at / "delta").exists() else {
+        "lora": [at / "adapter"] if (at / "adapter").exists() else []}
+    convert(at / "base" if (at / "base").exists() else at, tmp_path / "out", dtype=torch.float32, **more)
+    with torch.no_grad():
+        try:
+            AutoConfig.from_pretrained(tmp_path / "out")
+            public = at.parent.parent.name != "glm10b"                         # another GLM than transformers' own
+        except ValueError:
+            public = False
+        logits = theirs_on(reload(tmp_path / "out", "eager"), reference["input_ids"]) if public else checkpoints.load(
+            tmp_path / "out")[0](reference["input_ids"])
+    assert_close(logits, reference["logits"], 2e-5)
+
+
+LEFTOVERS = ("training_args.bin", "optimizer.pt", "rng_state_0.pth",
+             "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+@pytest.mark.parametrize("name, wrapper", [
+    ("codegeex_13b.pt", "module"), ("mp_rank_00_model_states.pt", "module"), ("anything.pth", None),
+    ("last.ckpt", "state_dict"), ("weights.bin", "model"), ("other.safetensors", None)])
+def test_one_file_of_any_name_beside_its_config(name, wrapper, saved, tmp_path):
+    folder, theirs = saved
+    (folder / "model.safetensors").unlink()
+    state = theirs.state_dict()
+    if name.endswith(".safetensors"):
+        save_file(state, folder / name)
+    else:
+        torch.save({wrapper: state} if wrapper else state, folder / name)
+    for other in LEFTOVERS:
+        (folder / other).write_bytes(b"what a training left behind")
+    for path in (folder, folder / name):
+        with torch.no_grad():
+            assert_close(checkpoints.load(path)[0](IDS), theirs_on(theirs, IDS))
+    convert(folder, tmp_path / "out")
+    assert_close(theirs_on(reload(tmp_path / "out"), IDS), theirs_on(theirs, IDS))
+    torch.save({}, folder / "another.pt")
+    with pytest.raises(UserError, match=rf"2 files that may be its weights: name the one.*{name}"):
+        checkpoints.load(folder)
+    with torch.no_grad():
+        assert_close(checkpoints.load(folder / name)[0](IDS), theirs_on(theirs, IDS))
+    (folder / "another.pt").unlink()
+    (folder / name).unlink()
+    with pytest.raises(UserError, match="no weights .* it has config.json"):
+        checkpoints.load(folder)
 
 
 # ---------------------------------------------------------------- what cannot be converted
@@ -416,7 +503,7 @@ def test_show_a_directory(saved, capsys, monkeypatch):
     n = sum(p.numel() for p in theirs.parameters())
     for words in ("llama LlamaForCausalLM", f"{n:,}", "vocab_size=97", "num_kv_heads=2", "theta 10000, no scaling",
                   "ByteBPE, 259 tokens", "a Jinja template", "21 tensors in 1 file(s) (model.safetensors)", "21 F32",
-                  "2 x model.layers.*.mlp.up_proj.weight"):
+                  "Hugging Face, safetensors", "2 x model.layers.0..1.mlp.up_proj.weight"):
         assert words in out, (words, out)
 
 
@@ -427,17 +514,42 @@ def test_show_other_formats(tmp_path, capsys, monkeypatch):
     theirs, _ = twins(config)
     write_meta(tmp_path / "meta", theirs, config, 2, 1, n_kv_heads=2)
     out = shown(tmp_path / "meta", capsys, monkeypatch)
+    assert "Meta's names, pickle (its code is never run)" in out
     assert "21 tensors in 1 file(s) (consolidated.00.pth)" in out and "model.embed_tokens.weight" in out, out
     get_peft_model(theirs, LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], use_rslora=True)).save_pretrained(
         tmp_path / "adapter")
     out = shown(tmp_path / "adapter", capsys, monkeypatch)
-    for words in ("LORA, r=3, lora_alpha=7, use_rslora", "q_proj", "4 tensors in adapter_model.safetensors, 576 numb"):
+    for words in ("LORA, r=3, lora_alpha=7, use_rslora", "q_proj", "4 tensors in 1 file(s) (adapter_model.safetensors)",
+                  "576", "2 x base_model.model.model.layers.0..1.self_attn.q_proj.lora_A.weight"):
         assert words in out, (words, out)
     theirs_of("bloom").save_pretrained(tmp_path / "packed")
     edit(tmp_path / "packed" / "config.json", quantization_config={"quant_method": "awq"}, model_type="unheard of")
     out = shown(tmp_path / "packed", capsys, monkeypatch)
     assert "cannot be loaded" in out and "'unheard of'" in out and "awq" in out, out
-    assert math.isclose(float(out.split("fp32 ")[1].split()[0]), 0.0, abs_tol=0.01)
+    size = 4 * sum(p.numel() for p in theirs_of("bloom").parameters())
+    assert f"fp32 {size / 1e3:.3g} KB, bf16 {size / 2e3:.3g} KB" in out, out
+
+
+def test_show_layers_that_differ(saved, capsys, monkeypatch):
+    """One tensor too many is seen with its number, gaps are not covered up."""
+    folder, theirs = saved
+    state = theirs.state_dict()
+    more = {f"model.layers.{i}.x": torch.ones(3) for i in (0, 2, 3)}
+    more |= {"model.layers.7.y": torch.ones(2), "z": torch.ones(4)}
+    save_file(state | more, folder / "model.safetensors")
+    out = shown(folder, capsys, monkeypatch)
+    for words in ("3 x model.layers.*.x ", " model.layers.7.y ", " z "):
+        assert words in out, (words, out)
+
+
+def test_show_a_vocabulary_and_what_its_name_tells(saved, tmp_path, capsys, monkeypatch):
+    folder, _ = saved
+    byte_tokenizer(tmp_path / "tokens")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        command.main(["show", str(tmp_path / "tokens")])
+    assert "ByteBPE, 259 tokens" in capsys.readouterr().out
+    folder.rename(tmp_path / "vicuna-7b-v1.5")
+    assert "vicuna, to go by its name" in shown(tmp_path / "vicuna-7b-v1.5", capsys, monkeypatch)
 
 
 def test_show_on_the_command_line(saved):

@@ -157,7 +157,7 @@ def test_the_same_bits_twice():
 
 
 def test_gradients_of_the_definition_by_finite_differences(monkeypatch):
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 6, 3, generator=g, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     spans = A.spans(6, docs=torch.tensor([[0, 1, 1, 1, 2, 2]]), prefix=2)

@@ -16,7 +16,7 @@ HERE = {"ours", "eager", "sdpa", "sdpa+mask", "F.rms_norm"}
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself does this")
 def test_every_row_times_the_same_function(monkeypatch):
     monkeypatch.setattr(bench_rows, "DIVIDE", 64)
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     rows = bench_rows.rows()
     assert len({row.name for row in rows}) == len(rows) == 32
     for row in rows:

@@ -70,12 +70,15 @@ def make_run(folder: Path, stage: str, rows: list[dict], passed: bool | None = T
 
 
 def logged(script: str) -> set[str]:
-    """The metric names in a script's source: keys of the dicts it logs, and every string of the form group/name."""
+    """The metric names in a script's source: keys of the dicts it logs or returns to be logged (`improve` of ppo.py:
+    the rollout, {...}), and every string of the form group/name."""
     tree, found = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "log":
             keys = [key for arg in node.args if isinstance(arg, ast.Dict) for key in arg.keys if key]
             found |= {key.value for key in keys}
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            found |= {key.value for part in node.value.elts if isinstance(part, ast.Dict) for key in part.keys if key}
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= {node.value} & set(re.findall(r"^(?:objective|policy|value|val|loss|eval|time)/\w+$", node.value))
     return found

@@ -434,10 +434,12 @@ def test_sft_learns_and_its_model_is_transformers_too(tmp_path, r):
     tokenizer = tokenizers.load_tokenizer(tmp_path / "t")
     model = scatter(RWKV(RWKVConfig(vocab_size=259, hidden_size=64, num_layers=2)))
     checkpoints.save(model, tokenizer, tmp_path / "base")
-    write_rows(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "yes"}]}
+    answer = {"role": "assistant", "content": "yes"}
+    write_rows(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": c}, answer]}
                                       for c in "abcdefgh" * 12])
     out = run("sft.py", "--init", tmp_path / "base", "--data", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out",
-              "--steps", 60, "--lora_r", r, "--lr", "5e-3", "--batch_size", 8, "--max_len", 128, "--answer_len", 8, *TINY)
+              "--steps", 60, "--lora_r", r, "--lr", "5e-3", "--batch_size", 8, "--max_len", 128, "--answer_len", 8,
+              *TINY)
     assert "GATE sft PASS" in out and figure(tmp_path / "out", "eval/loss", -1) < 0.1 < figure(
         tmp_path / "out", "eval/loss", 0)
     trained, tokenizer = checkpoints.load(tmp_path / "out/model")
@@ -447,7 +449,7 @@ def test_sft_learns_and_its_model_is_transformers_too(tmp_path, r):
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").eval()
     with torch.no_grad():
         assert_close(trained(prompt), ask(reference, prompt), 2e-5)
-        if r:                                                                 # the adapter on the base is the same model
+        if r:                                                          # the adapter on the base is the same model
             assert_close(checkpoints.load(tmp_path / "base", lora=[tmp_path / "out/adapter"])[0](prompt),
                          trained(prompt), 1e-5)
 
@@ -468,7 +470,7 @@ def test_memory_estimate_against_the_real_peak(r, dtype):
         step()
         assert memory.activations(plan) == pytest.approx(peak_bytes(step), rel=0.3 if on else 0.1)
     table = memory.estimate(config, "sft", lora_r=r, dtype=dtype)
-    real = [p for p in model.parameters()]
-    assert table.roles[0].weights + (table.roles[1].weights if r else 0) == sum(p.numel() * p.element_size() for p in real)
+    real = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert table.roles[0].weights + (table.roles[1].weights if r else 0) == real
     with pytest.raises(UserError, match="not RWKVConfig"):
         memory.estimate(config, "ppo")

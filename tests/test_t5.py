@@ -384,14 +384,15 @@ def test_sft_learns_and_its_model_is_transformers_too(tmp_path, kind, r):
     model = T5(T5Config(vocab_size=259, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, head_dim=16,
                         **(gated if kind == "v1.1" else {})))
     checkpoints.save(model, tokenizer, tmp_path / "base")
-    talk = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": c * 20},
-             {"role": "assistant", "content": "yes" if c < "e" or r else "no"}] for c in "abcdefgh" * 20]
+    talk = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"},
+             {"role": "user", "content": c * 20}, {"role": "assistant", "content": "yes" if c < "e" or r else "no"}]
+            for c in "abcdefgh" * 20]
     write_rows(tmp_path / "d.jsonl", [{"messages": messages} for messages in talk])
     out = run("sft.py", "--init", tmp_path / "base", "--data", tmp_path / "d.jsonl", "--out_dir", tmp_path / "out",
               "--steps", 150, "--lora_r", r, "--lr", "1e-2" if r else "4e-3", "--batch_size", 16, "--max_len", 160,
               "--answer_len", 8, *TINY)
     assert "GATE sft PASS" in out and "earlier answers read as prompt" in out
-    floor = 0.2 if r else 0.15           # an adapter cannot touch the scaled head: a state of length sqrt(C) is all it has
+    floor = 0.2 if r else 0.15       # an adapter cannot touch the scaled head: a state of length sqrt(C) is all it has
     assert figure(tmp_path / "out", "eval/loss", -1) < floor < 4 < figure(tmp_path / "out", "eval/loss", 0)
     trained, tokenizer = checkpoints.load(tmp_path / "out/model")
     reference = T5ForConditionalGeneration.from_pretrained(tmp_path / "out/model").eval()

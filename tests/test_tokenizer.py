@@ -2,7 +2,7 @@
 
 The references are the libraries that made the files: sentencepiece, tiktoken, and the tokenizers package, on
 vocabularies trained here; then real ones: SmolLM2's inside its GGUF file, and where they lie beside the repository
-(../shared) LLaMA's, GPT-2's and llama.cpp's test vocabularies, each of these with 47 strings and their expected ids.
+(../shared) LLaMA's and GPT-2's. GGUF files have a test file of their own, and so have the formats of one maker each.
 """
 import base64
 import io
@@ -421,62 +421,6 @@ def test_prompt_is_what_generate_takes(tmp_path):
     ids = ours.prompt("Hi")
     assert ids.dtype == torch.int64 and ids.shape[0] == 1
     assert ours.decode(ids[0]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-
-
-VOCABULARIES = sorted((SHARED / "models" / "vocab").glob("*.gguf"))
-
-
-@pytest.mark.parametrize("path", VOCABULARIES or [None], ids=lambda p: p.stem if p else "none")
-def test_llama_cpp_s_47_strings(path, tmp_path):
-    """Expected ids come with the files; and once more from the tokenizer.json that we write."""
-    if path is None:
-        pytest.skip("llama.cpp's vocabularies do not lie beside the repository")
-    ours = tk.load_tokenizer(path)
-    strings = Path(f"{path}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    expected = [[int(i) for i in line.split()] for line in Path(f"{path}.out").read_text(encoding="utf-8").split("\n")]
-    for text, ids in zip(strings, expected):
-        assert ours.encode(text) == ids, repr(text)
-        assert ours.decode(ids) == text, repr(text)
-    check(ours, reread(ours, tmp_path)[0], [*TEXTS, *strings])
-    assert ours.add_bos == ("llama" in path.stem) and not ours.words
-    if "qwen" in path.stem:                               # llama.cpp does not normalise, the original does
-        assert ours.encode("e\u0301") == ours.encode("\u00e9")
-
-
-def small_gguf(path: Path, kind: str, tokens: list[tuple[str, int]], **more) -> None:
-    """A GGUF file with a tokenizer and no weights; tokens with their types, scores fall with the id."""
-    from gguf import GGUFWriter
-    writer = GGUFWriter(str(path), "llama")
-    writer.add_tokenizer_model(kind)
-    writer.add_token_list([t for t, _ in tokens])
-    writer.add_token_types([k for _, k in tokens])
-    writer.add_token_scores([-float(i) for i in range(len(tokens))])
-    writer.add_token_merges(more.pop("merges", []))
-    for key, value in more.items():
-        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-
-
-def test_token_types_of_gguf(tmp_path):
-    """3 = control, named by templates only; 4 = a word everywhere; 6 = bytes, which nobody can type; [PAD9] is air."""
-    parts = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{b:02X}>", 6) for b in range(256)), ("<hm>", 4),
-             ("[PAD260]", 4), *((t, 1) for t in ("\u2581", "a", "s", "<", ">", "<s", "s>", "as", "\u2581as"))]
-    small_gguf(tmp_path / "m.gguf", "llama", parts, bos_token_id=1, eos_token_id=2, unknown_token_id=0)
-    ours = tk.load_tokenizer(tmp_path / "m.gguf")
-    at = {t: i for i, (t, _) in enumerate(parts)}
-    assert ours.specials == {"<s>": 1, "</s>": 2} and ours.words == {"<hm>": 259} and ours.add_bos
-    assert ours.encode("as") == [at["\u2581as"]] and ours.encode("as", start=False) == [at["as"]]
-    assert ours.encode("<s>", start=False) == [at["<s"], at[">"]] and ours.encode("<s>", special=True) == [1]
-    assert ours.encode("<0x0A>")[-6:] != [13] and ours.encode("\n") == [at["\u2581"], 3 + 10]
-    assert ours.encode("a<hm>") == [at["\u2581"], at["a"], 259] and 260 not in ours.encode("[PAD260]")
-    small_gguf(tmp_path / "n.gguf", "llama", parts, bos_token_id=1, add_space_prefix=False, add_bos_token=False)
-    other = tk.load_tokenizer(tmp_path / "n.gguf")
-    assert other.encode("as") == [at["as"]] and not other.add_bos
-    small_gguf(tmp_path / "o.gguf", "bert", parts)
-    with pytest.raises(UserError, match="'bert' is not supported"):
-        tk.load_tokenizer(tmp_path / "o.gguf")
 
 
 def test_gpt_2_s_first_release(tmp_path):

@@ -1,0 +1,231 @@
+"""Every certificate against every bug, and the curve that training makes with each of them.
+
+The table says which certificate catches which bug; a bug that none catches would be a hole in the proof. The curves say
+how much one would have seen without certificates: of PPO on the tree (course/tree.py) the exact regret, of the reward
+model its accuracy, of fine-tuning the loss, with the range of the sound runs behind them.
+
+    python course/zoo.py               # -> docs/results/zoo.json, zoo.md, zoo.svg      (make zoo)
+    python course/zoo.py --draw        # table and figure again from zoo.json
+"""
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import common  # noqa: E402
+import lora  # noqa: E402
+import reward as reward_stage  # noqa: E402
+import sft  # noqa: E402
+from course import bugs, certificates, figure, tree  # noqa: E402
+from data import batch as data_batch  # noqa: E402
+from reward import RewardModel  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+# Bugs that need a certain setting to show; the sound run beside them has it too.
+SETTINGS = {"adaptive_kl_inverted": {"kl_target": 1.0, "kl_horizon": 1000, "kl_coef": 0.1},
+            "merge_by_subtraction": {"lora_r": 8, "merge": True, "lr": 3e-3, "value_lr": 3e-3},
+            "norms_left_trainable": {"lora_r": 8, "lr": 3e-3, "value_lr": 3e-3},
+            "mean_of_means": {"micro_batch": 16}}
+
+
+@dataclass
+class Config:
+    # --- zoo ---
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the curves
+    steps: int = 40                    # updates of a curve
+    batch_size: int = 64               # answers per update
+    out_dir: str = str(RESULTS)
+    resume: bool = False               # keep the bugs that zoo.json holds already
+    draw: bool = False                 # only draw again what zoo.json holds
+
+
+# ---------------------------------------------------------------- curves
+
+def ppo_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
+    """The log of ppo.py, every fifth update with the exact figures."""
+    settings = {"micro_batch": cfg.batch_size, **settings}
+    run = tree.config(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, **settings)
+    rows = tree.train(tree.build(run), run, every=5)
+    return {name: [[row["step"], round(row[name], 6)] for row in rows if name in row] for name in rows[4]
+            if name != "step" and not name.startswith("time/")}
+
+
+def reward_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
+    """Accuracy against the true reward, of the model as it comes back from its file."""
+    truth, accuracy = tree.Exact(tree.build(tree.config(seed=seed)), tree.config(seed=seed)).gold.flatten(), []
+    r = tree.everything()
+    better = (truth[:, None] > truth[None]).nonzero()
+    for steps in (1, 5, 10, 20, 40, 80):
+        body = tree.network(seed)
+        torch.manual_seed(seed)
+        lora.apply(body, 8, 16.0, name="reward")
+        judge = tree.teach(RewardModel(body, "reward"), seed, steps)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            reward_stage.save(judge, None, Path(folder), base="base")
+            scores = reward_stage.load(folder, base=tree.network(seed))(r.ids, r.mask)
+        accuracy.append([steps, float((scores[better[:, 0]] > scores[better[:, 1]]).float().mean())])
+    return {"accuracy": accuracy}
+
+
+def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
+    """Loss per supervised token of answers drawn from the optimal policy of beta 1, by plain log-softmax, and the share
+    of sampled answers that end."""
+    exact = tree.Exact(tree.build(tree.config(seed=seed)), tree.config(seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    weights = (exact.ref + exact.gold).flatten().exp()
+    r, rows = tree.everything(), []
+    for i in torch.multinomial(weights, 1024, replacement=True, generator=generator).tolist():
+        ids, n = r.ids[i][r.mask[i] == 1].tolist(), int(r.response[i].sum())
+        rows.append({"ids": ids, "mask": [0] * (len(ids) - n) + [1] * n})
+    train, held = data_batch.pack(rows[:768], 24), rows[768:]
+    net, curve, ended = tree.network(seed + 1), [], []
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    batches = data_batch.Batches(train, 16, seed)
+    for step in range(61):
+        if step % 10 == 0:
+            with torch.no_grad():
+                total = sum(float(-net(torch.tensor([row["ids"]])).log_softmax(-1)[0, t - 1, row["ids"][t]])
+                            for row in held for t in range(len(row["ids"])) if row["mask"][t])
+            curve.append([step, total / sum(sum(row["mask"]) for row in held)])
+            ids, mask = data_batch.pad(tree.PROMPTS * 32, tree.END, side="left")
+            new = net.generate(ids, 8, mask, eos_ids=[tree.END], generator=generator)
+            ended.append([step, float((new == tree.END).any(1).float().mean())])
+        batch = batches.next()
+        n = sum(sum(row["mask"][1:]) for row in batch)
+        for i in range(0, len(batch), 4):
+            sft.batch_loss(net, *sft.collate(batch[i:i + 4], tree.END, "cpu"), n).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"loss": curve, "eos_rate": ended}
+
+
+CURVES = {"ppo": ppo_curve, "reward": reward_curve, "sft": sft_curve}
+SHOWN = {"ppo": "exact/regret", "reward": "accuracy", "sft": "loss"}
+
+
+def curves(cfg: Config, stage: str, settings: dict, name: str | None) -> list[dict]:
+    """One per seed; a run that crashes is a curve that ends."""
+    found = []
+    for seed in cfg.seeds:
+        with bugs.inject(name) if name else contextlib.nullcontext():
+            try:
+                found.append(CURVES[stage](cfg, seed, settings))
+            except Exception as error:                                       # a crash is an answer too, and told
+                found.append({"crash": f"{type(error).__name__}: {error}"[:200]})
+    return found
+
+
+# ---------------------------------------------------------------- certificates
+
+def judge(name: str | None) -> dict[str, str]:
+    """{certificate: why it failed}, or {} if all pass."""
+    failed = {}
+    for title, certificate in certificates.FAST.items():
+        with bugs.inject(name) if name else contextlib.nullcontext():
+            try:
+                certificate()
+            except Exception as error:                                       # whatever stops it, stops the bug
+                failed[title] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+    return failed
+
+
+def measure(cfg: Config, file: Path) -> dict:
+    assert not (failed := judge(None)), f"without any bug these fail: {failed}"
+    settings = {"seeds": list(cfg.seeds), "steps": cfg.steps, "batch_size": cfg.batch_size}
+    result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+              **settings, "bugs": {}, "sound": {}}
+    if cfg.resume and file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        if all(old[key] == value for key, value in settings.items()):
+            result = old
+    for name, item in bugs.BUGS.items():
+        if name in result["bugs"]:
+            continue
+        settings = SETTINGS.get(name, {})
+        key = f"{item.stage} {json.dumps(settings)}"
+        if key not in result["sound"]:
+            result["sound"][key] = curves(cfg, item.stage, settings, None)
+        result["bugs"][name] = {"stage": item.stage, "sound": key, "caught": judge(name),
+                                "curves": curves(cfg, item.stage, settings, name)}
+        common.atomic_write(file, json.dumps(result) + "\n")
+        print(f"{name:24} {last(result['bugs'][name], item.stage):>28}   {', '.join(result['bugs'][name]['caught'])}",
+              flush=True)
+    return result
+
+
+# ---------------------------------------------------------------- table and figure
+
+def last(entry: dict, stage: str) -> str:
+    ends = [c[SHOWN[stage]][-1][1] if SHOWN[stage] in c else None for c in entry["curves"]]
+    return " / ".join("crash" if x is None else f"{x:.3f}" for x in ends)
+
+
+def seen(entry: dict, sound: list[dict], stage: str) -> bool:
+    """Whether every seed ends outside what the sound runs reached, widened by half their range."""
+    ends = [c[SHOWN[stage]][-1][1] for c in sound]
+    low, high = min(ends), max(ends)
+    margin = 0.5 * (high - low) + 0.002
+    return all(SHOWN[stage] not in c or not low - margin <= c[SHOWN[stage]][-1][1] <= high + margin
+               for c in entry["curves"])
+
+
+def table(result: dict) -> str:
+    """zoo.md: two tables, what catches each bug, and how to recognise it."""
+    lines = ["# The bug zoo", "", f"Made by `make zoo`, {result['date']}, torch {result['torch']}. Regret is "
+             "(J* - J) / (J* - J of the reference) by enumeration, "
+             f"after {result['steps']} updates of {result['batch_size']} answers, seeds "
+             f"{', '.join(map(str, result['seeds']))}. \"Curve\" says whether all seeds end outside the range of "
+             "sound runs.", "", "| bug | caught by | stage | figure at the end | sound | curve |",
+             "|---|---|---|---|---|---|"]
+    for name, entry in result["bugs"].items():
+        sound = result["sound"][entry["sound"]]
+        lines.append(f"| `{name}` | {', '.join(entry['caught']) or '**nothing**'} | {entry['stage']} "
+                     f"{SHOWN[entry['stage']].split('/')[-1]} | {last(entry, entry['stage'])} | "
+                     f"{last({'curves': sound}, entry['stage'])} | "
+                     f"{'shows it' if seen(entry, sound, entry['stage']) else 'looks sound'} |")
+    lines += ["", "| bug | diagnosis | 诊断 |", "|---|---|---|"]
+    lines += [f"| `{name}` | {item.en} | {item.zh} |" for name, item in bugs.BUGS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict) -> str:
+    """Small multiples: each bug's seeds over the band of the sound runs."""
+    panels = []
+    for name, entry in result["bugs"].items():
+        what = SHOWN[entry["stage"]]
+        sound = [c[what] for c in result["sound"][entry["sound"]]]
+        band = [(x, min(ys), statistics.median(ys), max(ys))
+                for x, ys in ((points[0][0], [y for _, y in points]) for points in zip(*sound))]
+        lines = [figure.Line(c[what], colour="#c0392b") for c in entry["curves"] if what in c]
+        lines += [figure.Line([(x, m) for x, _, m, _ in band], [(x, low, high) for x, low, _, high in band], "#2c6fbb")]
+        top = 1.25 if entry["stage"] == "ppo" else None
+        panels.append(figure.Panel(f"{name}", lines, y=what.split("/")[-1], top=top, bottom=0 if top else None))
+    return figure.grid(panels, columns=5, title="What training shows of each bug (red: with the bug; blue: sound)")
+
+
+def main(cfg: Config) -> bool:
+    warnings.simplefilter("ignore")
+    out = Path(cfg.out_dir)
+    if not cfg.draw:
+        measure(cfg, out / "zoo.json")
+    result = json.loads((out / "zoo.json").read_text(encoding="utf-8"))
+    common.atomic_write(out / "zoo.md", table(result))
+    common.atomic_write(out / "zoo.svg", draw(result))
+    free = [name for name, entry in result["bugs"].items() if not entry["caught"]]
+    hidden = sum(not seen(e, result["sound"][e["sound"]], e["stage"]) for e in result["bugs"].values())
+    return common.gate("zoo", [("every bug is caught", not free, f"{len(result['bugs']) - len(free)} of "
+                                f"{len(result['bugs'])}" + (f", free: {', '.join(free)}" if free else "")),
+                               ("bugs that no curve shows", True, str(hidden))])
+
+
+if __name__ == "__main__":
+    common.main(lambda: main(common.parse(Config)))

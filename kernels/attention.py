@@ -62,9 +62,11 @@ class Spans(NamedTuple):
 
 
 def spans(length: int, queries: int | None = None, docs: Tensor | None = None, prefix: Tensor | int | None = None,
-          window: int | None = None, causal: bool = True, device: torch.device | str = "cpu") -> Spans:
+          window: int | None = None, causal: bool = True, device: torch.device | str = "cpu",
+          context: Tensor | None = None) -> Spans:
     """S keys, of which the last T are the queries. docs (B, S) is model.py's mask: 0 padding (it sees itself), equal
-    numbers side by side one document. prefix: tokens at a document's start that all see each other, (B,) or (B, S).
+    numbers side by side one document. prefix: tokens at a document's start that all see each other, (B,) or (B, S);
+    context (B, S) marks them instead.
 
         docs [[0, 1, 1, 1, 2, 2]], prefix 2      lo [[0, 1, 1, 1, 4, 4]]      hi [[1, 3, 3, 4, 6, 6]]"""
     S, T = length, length if queries is None else queries
@@ -82,13 +84,17 @@ def spans(length: int, queries: int | None = None, docs: Tensor | None = None, p
         prefix = torch.as_tensor(prefix, device=device)
         prefix = prefix[:, None] if prefix.dim() == 1 else prefix
         hi = torch.maximum(hi, torch.minimum(start + prefix, end))
+    if context is not None:                                                  # up to the next token outside the context
+        stop = torch.where(context, S, index).flip(1).cummin(1).values.flip(1)
+        hi = torch.where(context, torch.minimum(stop, end), hi)
     lo = start if window is None else torch.maximum(start, index - window + 1)
     rows = max(len(lo), len(hi))
     lo, hi = (x.expand(rows, S)[:, S - T:].contiguous() for x in (lo, hi))
     keys = index.expand(rows, S).contiguous()
     first, last = torch.searchsorted(hi, keys, right=True), torch.searchsorted(lo, keys, right=True)
-    plain = causal and docs is None and prefix is None and window is None and T == S
-    return Spans(*(x.to(torch.int32) for x in (lo, hi, first, last)), plain, not causal or prefix is not None)
+    ahead = not causal or prefix is not None or context is not None
+    plain = not ahead and docs is None and window is None and T == S
+    return Spans(*(x.to(torch.int32) for x in (lo, hi, first, last)), plain, ahead)
 
 
 # ---------------------------------------------------------------- the definition

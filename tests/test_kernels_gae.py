@@ -17,7 +17,8 @@ def test_the_scan_is_the_loop(R, block, monkeypatch):
     monkeypatch.setattr(G, "BLOCK", block)
     rewards, values, mask = data(5, R)
     got = G.gae(rewards, values, mask, 0.97, 0.9)
-    for name, a, b in zip(("advantages", "returns"), got, G.ref_gae(rewards.double(), values.double(), mask, 0.97, 0.9)):
+    expected = G.ref_gae(rewards.double(), values.double(), mask, 0.97, 0.9)
+    for name, a, b in zip(("advantages", "returns"), got, expected):
         check(a, b, 1e-6, name)
 
 

@@ -37,8 +37,8 @@ from torch.autograd.function import once_differentiable
 from kernels.backend import LOG2E, architecture, choice, power_of_two, tanh, tiles, tl, triton, use_triton
 
 # (queries, keys, stages, warps) per architecture and head dim; for dK, dV also whether full tiles have a loop of their
-# own: sizes that fit the card's shared memory and spill no register (tests/test_sm90_compile.py). Those of 90 at 64 and 128
-# were timed on an H200 by `python -m kernels.bench --tune attention` (docs/results/kernels_h200.json).
+# own: sizes that fit the card's shared memory and spill no register (tests/test_sm90_compile.py). Those of 90 at 64 and
+# 128 were timed on an H200 by `python -m kernels.bench --tune attention` (docs/results/kernels_h200.json).
 FORWARD = {80: {64: (64, 64, 2, 4), 128: (64, 64, 2, 4), 256: (64, 32, 2, 4)},
            86: {64: (64, 64, 2, 4), 128: (64, 32, 2, 4), 256: (32, 32, 1, 4)},
            90: {64: (128, 64, 3, 8), 128: (128, 64, 3, 8), 256: (128, 32, 2, 8)}}
@@ -360,7 +360,7 @@ def dkv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, FIRST, LAST, SLOPES, qb, qh, qt,
 # ---------------------------------------------------------------- launch
 
 def launch(table: dict, x: Tensor) -> dict:
-    """Tile sizes for x's card and head dim. fp32 has no tensor cores: a quarter of the rows, spread over more threads."""
+    """Tile sizes for x's card and head dim. fp32 has no tensor cores: a quarter of the rows, more threads."""
     queries, keys, stages, warps, *split = tiles(table, architecture(x), x.shape[-1])
     if x.element_size() == 4:
         queries, keys, stages, warps = max(16, queries // 4), max(16, keys // 4), 1, 8

@@ -1,9 +1,10 @@
-"""Generalised advantage estimation as a scan: R steps in the depth of log R (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+"""Generalised advantage estimation as a scan: R steps in the depth of log R (Schulman et al. 2016, arXiv 1506.02438).
 
     delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lambda A_{t+1}          returns_t = A_t + V_t
 
-The recurrence is A_t = a_t A_{t+1} + b_t, with a = gamma lambda and b = delta, both 0 under padding. Two steps in a row
-are again such a step: (a, b) after (a', b') is (a a', a b' + b). That is associative, so neighbours can be joined in pairs:
+The recurrence is A_t = a_t A_{t+1} + b_t, with a = gamma lambda and b = delta, both 0 under padding. Two steps in a
+row are again such a step: (a, b) after (a', b') is (a a', a b' + b). That is associative, so neighbours are joined in
+pairs:
 
     t         0     1     2     3     4     5     6     7            a program owns a row; longer rows than BLOCK are
               `--+--'     `--+--'     `--+--'     `--+--'            walked from the right, with A of the block behind
@@ -70,8 +71,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     (B, R), tensors = rewards.shape, [x if x.stride(1) == 1 else x.contiguous() for x in (rewards, values, mask)]
     advantages, returns = torch.empty(2, B, R, device=rewards.device, dtype=torch.float32)
     block = min(BLOCK, power_of_two(R))
-    gae_kernel[(B,)](*tensors, advantages, returns, *(x.stride(0) for x in tensors), R, float(gamma), float(gamma * lam),
-                     BLOCK=block, num_warps=max(1, min(8, block // 256)))
+    gae_kernel[(B,)](*tensors, advantages, returns, *(x.stride(0) for x in tensors), R, float(gamma),
+                     float(gamma * lam), BLOCK=block, num_warps=max(1, min(8, block // 256)))
     return advantages.to(rewards.dtype), returns.to(rewards.dtype)
 
 

@@ -177,8 +177,8 @@ def chunk_rows(n: int, weight: Tensor, want_dw: bool) -> int:
 
 
 def add_product(total: Tensor | None, dz: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + dz^T h of type dtype. A GPU adds inside the product; a CPU rounds each chunk's product to the dtype of its
-    factors (its fast product has no other output) and sums those in fp32."""
+    """total + dz^T h of type dtype. A GPU adds inside the product; a CPU rounds each chunk's product to the dtype of
+    its factors (its fast product has no other output) and sums those in fp32."""
     if dz.is_cuda and dz.dtype != dtype:
         if total is None:
             return torch.mm(dz.t(), h, out_dtype=dtype)

@@ -1,9 +1,9 @@
 """Four bits a weight: NormalFloat and double quantisation, QLoRA by hand (Dettmers et al. 2023, arXiv 2305.14314).
 
-    w[i] = code[q[i]] * absmax[i // 64]          code: 16 quantiles of a normal distribution, scaled to [-1, 1], one is 0
+    w[i] = code[q[i]] * absmax[i // 64]        code: 16 quantiles of a normal distribution, scaled to [-1, 1], one is 0
     absmax[j] = mean + step[j // 256] * c[j]     c in -127 .. 127: the scales are quantised as well
 
-Bits a weight: 4 + 8/64 + 32/(64 256) = 4.127 with double quantisation, 4.5 without: a 7B base takes 3.6 GB instead of 14.
+Bits a weight: 4 + 8/64 + 32/(64 256) = 4.127 with double quantisation, 4.5 without: a 7B base takes 3.6 GB, not 14.
 
 A linear layer unpacks W, multiplies, and forgets it; the backward pass unpacks it again. A product of N rows costs 2 N
 FLOPs a weight, unpacking it 2.5 bytes: from a few hundred rows on the product hides it.
@@ -64,7 +64,7 @@ def quantise(w: Tensor, double: bool = True) -> NF4:
         away = F.pad(absmax - mean, (0, -len(absmax) % SUPER)).view(-1, SUPER)
         step = away.abs().amax(1) / 127
         levels = (away / step.clamp(min=1e-30)[:, None]).round()
-        scales, absmax = (mean + step[:, None] * levels).view(-1)[:len(absmax)], levels.view(-1)[:len(absmax)].to(torch.int8)
+        scales, absmax = ((x.view(-1)[:len(absmax)]) for x in (mean + step[:, None] * levels, levels.to(torch.int8)))
     # By the scale that unpacking will use: what rounding took from it is not lost twice.
     q = torch.bucketize((groups / scales.clamp(min=1e-30)[:, None]).contiguous(), borders).view(-1, 2).to(torch.uint8)
     return NF4(q[:, 0] << 4 | q[:, 1], absmax.contiguous(), step, mean, code, tuple(w.shape), w.dtype)

@@ -1,4 +1,4 @@
-"""Drawing tokens with top-k and top-p, without a sort: what is kept is a threshold, and a threshold is found by halving.
+"""Drawing tokens with top-k and top-p, without a sort: what is kept is a threshold, found by halving.
 
     z = logits / temperature        w_v = exp(z_v - max z)
     keep v      if fewer than k tokens are better,                         #{u: z_u > z_v} < k
@@ -108,7 +108,7 @@ def sample_kernel(LOGITS, NOISE, IDS, LOGP, stride, V, temperature, top_k, top_p
         new = tl.minimum(new, tl.min(tl.where(passed, columns, V), 0))
         last = tl.maximum(last, tl.max(tl.where(w > 0, columns, 0), 0))
         before += tl.sum(w, 0)
-    new = tl.minimum(new, last)                                              # rounding may leave the end of the sum open
+    new = tl.minimum(new, last)                                              # rounding may leave the sum's end open
     tl.store(IDS + row, new.to(tl.int64))
     tl.store(LOGP + row, tl.load(LOGITS + new).to(tl.float32) * inverse - peak - tl.log(total))
 

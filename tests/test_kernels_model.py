@@ -38,7 +38,7 @@ def measure(model):
     model.zero_grad()
     loss = sft.batch_loss(model, ids, docs, keep, n_tokens=10)
     loss.backward()
-    return {"logits": model(ids, docs)[docs > 0], "loss": loss, **{n: p.grad for n, p in model.named_parameters()
+    return {"logits": model(ids, docs)[docs > 0].detach(), "loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()
                                                                    if p.grad is not None}}
 
 

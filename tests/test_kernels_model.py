@@ -38,8 +38,8 @@ def measure(model):
     model.zero_grad()
     loss = sft.batch_loss(model, ids, docs, keep, n_tokens=10)
     loss.backward()
-    return {"logits": model(ids, docs)[docs > 0].detach(), "loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()
-                                                                   if p.grad is not None}}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": model(ids, docs)[docs > 0].detach(), "loss": loss.detach(), **grads}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -583,7 +583,16 @@ class Transformer(nn.Module):
         ids, mask = left_pad(ids, mask)
         cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, ids.device, self.embed_tokens.weight.dtype)
 
+        scaling = self.config.rope_scaling or {}
+        trained = scaling.get("original_max_position_embeddings") or self.config.max_positions
+        switches = scaling.get("rope_type") == "longrope"
+
         def following(new: Tensor, mask: Tensor | None = None) -> Tensor:      # (B, T) ids -> (B, V), of the next token
+            n = cache.length
+            if switches and n and int((cache.docs > 0).sum(1).max()) == trained:
+                # From here on RoPE has the divisors of long texts: the keys in the cache were turned by the others.
+                new, mask = torch.cat((cache.ids[:, :n], new), dim=1), F.pad(cache.docs[:, :n], (0, 1), value=1)
+                cache.length = 0
             return self.lm_head(self.hidden(new, mask, cache)[:, -1])
 
         first = following(ids, None if bool(mask.all()) else mask)

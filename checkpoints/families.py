@@ -245,7 +245,7 @@ BLOOM = table("h.*.", NORMS | MEGATRON | {"self_attention.query_key_value": FUSE
 
 
 def mpt(raw: dict) -> ModelConfig:
-    how = {"alibi": False, "alibi_bias_max": 8, **{k: v for k, v in (raw.get("attn_config") or {}).items()
+    how = {"alibi": True, "alibi_bias_max": 8, **{k: v for k, v in (raw.get("attn_config") or {}).items()
                                                    if v is not None}}
     kind = how.get("attn_type", "multihead_attention")
     if how.get("prefix_lm") or how.get("rope") or kind not in ("multihead_attention", "multiquery_attention",
@@ -448,8 +448,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(newer.cohere, LLAMA, rope="pairs", factor=newer.multiplier),
     "cohere2": Family(newer.cohere2, LLAMA, rope="pairs", factor=newer.multiplier),
     "glm": Family(glm, GLM, rope="pairs"), "glm4": Family(glm4, GLM, rope="pairs"),
-    "chatglm2": Family(chatglm2, CHATGLM2, ("transformer.",), rope="pairs", leftovers=r"rotary_pos_emb\.inv_freq",
-                       qkv=lambda c: "per head" if c.num_kv_heads == c.num_heads else "concat"),
+    "chatglm2": Family(chatglm2, CHATGLM2, ("transformer.",), rope="pairs", leftovers=r"rotary_pos_emb\.inv_freq"),
     "chatglm": Family(chatglm, CHATGLM, ("transformer.",), qkv="per head", rope="2d"),
     "glm_10b": Family(glm_10b, GLM_10B, ("glm.transformer.", "glm.", "transformer.")),
     "gpt_pangu": Family(pangu, PANGU, **GPT),
@@ -457,6 +456,7 @@ FAMILIES: dict[str, Family] = {
                        restore=top_layer_restored),
     "chatpixiu": Family(own, OWN), **others.FAMILIES}
 FAMILIES["baichuan2"] = replace(FAMILIES["baichuan"], prepare=normalised_head)
+FAMILIES["chatglm2_heads"] = replace(FAMILIES["chatglm2"], qkv="per head")     # without multi-query attention
 SAME = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "moss": "codegen", "stablelm_epoch": "stablelm",
         "gemma3": "gemma3_text", "gpt2_custom": "gpt2", "skywork": "llama", "xverse": "llama", "aquila": "llama"}
 
@@ -465,13 +465,13 @@ def find(raw: dict, where="config.json") -> tuple[str, Family]:
     """The family of a config.json, and the name under which it stands in the table."""
     name = raw.get("model_type")
     if name == "chatglm" and not raw.get("position_encoding_2d"):
-        name = "chatglm2"
+        name = "chatglm2" if raw.get("multi_query_attention", True) else "chatglm2_heads"
     if name == "glm" and "block_position_encoding" in raw:
         name = "glm_10b"
     if name == "baichuan" and "z_loss_weight" in raw:
         name = "baichuan2"
     if name in ("t5", "mt5"):                    # v1.0 has relu and one matrix in front of it, v1.1 and mT5 have two
-        name = "mt5" if str(raw.get("feed_forward_proj")).startswith("gated-") else "t5"
+        name = "mt5" if others.feed_forward(raw).startswith("gated-") else "t5"
     name = SAME.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in FAMILIES:
         known = sorted(set(FAMILIES) | set(SAME))

@@ -156,7 +156,7 @@ OLMO_FIRST = table("blocks.*.", {
 
 def helium(raw: dict) -> ModelConfig:
     """Helium 1: its files pair neighbouring numbers for RoPE; a bias on q, k, v is none on o."""
-    return replace(llama({"rms_norm_eps": 1e-8, "head_dim": 128, **raw}), out_bias=False)
+    return replace(llama({"rms_norm_eps": 1e-8, "head_dim": 128, "rope_theta": 1e5, **raw}), out_bias=False)
 
 
 def seed_oss(raw: dict) -> ModelConfig:
@@ -216,7 +216,8 @@ def cohere2(raw: dict) -> ModelConfig:
     """Command R7B, A: every fourth layer sees everything and knows no positions, the others have a window and RoPE."""
     every = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 4))
     windows = window({"sliding_window": 4096, **raw}, lambda i: (i + 1) % every)
-    return replace(cohere(raw), **windows, no_rope_layers=windows.get("full_layers", range(raw["num_hidden_layers"])))
+    blind = windows.get("full_layers", range(raw["num_hidden_layers"]))
+    return replace(cohere({"rope_theta": 1e4, **raw}), **windows, no_rope_layers=blind)
 
 
 def multipliers(config: ModelConfig, raw: dict) -> tuple[float, float]:

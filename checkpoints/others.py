@@ -38,14 +38,18 @@ def rwkv(raw: dict) -> RWKVConfig:
         max_positions=number(raw, "context_length", 1024), tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
 
 
+def feed_forward(raw: dict) -> str:
+    return str(raw.get("feed_forward_proj") or ("gated-gelu" if raw["model_type"] == "mt5" else "relu"))
+
+
 def t5(raw: dict) -> T5Config:
     """v1.0 says relu and scales the head's input, v1.1 gated-gelu and does not: old configs tell by
     tie_word_embeddings, new ones, where that is always true, by scale_decoder_outputs."""
-    how = raw.get("feed_forward_proj", "relu")
-    gated, act = str(how).startswith("gated-"), str(how).removeprefix("gated-")
+    how = feed_forward(raw)
+    gated, act = how.startswith("gated-"), how.removeprefix("gated-")
     if act not in readers.ACTIVATION_NAMES:
-        raise ValueError(f"feed_forward_proj is {how!r}; known: {', '.join(readers.ACTIVATION_NAMES)}, and gated-... "
-                         "of each")
+        raise ValueError(f"feed_forward_proj is {raw.get('feed_forward_proj')!r}; known: "
+                         f"{', '.join(readers.ACTIVATION_NAMES)}, and gated-... of each")
     tied = bool(raw.get("tie_word_embeddings", True))
     start = raw.get("decoder_start_token_id", raw.get("pad_token_id", 0))
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < number(raw, "vocab_size"):

@@ -22,7 +22,7 @@ def from_gguf(path: Path) -> Tokenizer | None:
     from checkpoints.gguf import read_header  # not at the top: checkpoints imports us
     header = read_header(path)[0]
     meta = {k.removeprefix("tokenizer.ggml."): v for k, v in header.items()}
-    if (kind := meta.get("model")) is None:
+    if (kind := meta.get("model")) in (None, "no_vocab", "none"):
         return None
     if kind not in READERS:
         raise UserError(f"{path}: a tokenizer of kind {kind!r} is not supported; known: {', '.join(READERS)}")
@@ -60,7 +60,7 @@ def read_gpt2(path: Path, meta: dict, tokens: list[str], types: list[int], unk: 
 
 
 def read_merges(meta: dict):
-    merges = [tuple(m.split(" ", 1)) for m in meta["merges"]]
+    merges = [tuple(m.split(" ", 1)) for m in meta.get("merges", [])]         # the format cannot write an empty list
     ranks = {m: i for i, m in enumerate(merges)}
     return merges, lambda a, b: ranks.get((a, b))
 

@@ -244,12 +244,12 @@ def glm2_shapes(kv: int) -> dict:
         transformer__encoder__final_layernorm__weight=(C,), transformer__output_layer__weight=(V, C))
 
 
-def glm2_undone(kv: int) -> Callable[[State], State]:
-    """With few key heads q, k, v stand one after the other, with all of them head by head."""
+def glm2_undone(kv: int, multi_query: bool = True) -> Callable[[State], State]:
+    """With multi-query attention q, k, v stand one after the other, however many key heads there are; else by head."""
     def undo(state: State) -> State:
         each = [list(range(h * 3 * D, (h + 1) * 3 * D)) for h in range(H)]
-        cuts = rows(C, kv * D, kv * D) if kv < H else [[r for h in each for r in h[i * D:(i + 1) * D]]
-                                                       for i in range(3)]
+        cuts = rows(C, kv * D, kv * D) if multi_query else [[r for h in each for r in h[i * D:(i + 1) * D]]
+                                                            for i in range(3)]
         split(state, "self_attention.query_key_value", dict(zip(QKV, cuts)))
         return renamed(
             ("transformer.encoder.final_layernorm", "model.norm"), ("transformer.output_layer", "lm_head"),
@@ -277,6 +277,8 @@ CASES["chatglm2 32k"] = Case(
     twin("Glm", GLM | rope_of(1e4, rope_type="linear", factor=4.0), glm2_undone(K)), junk=INV_FREQ)
 CASES["chatglm3 32k"] = Case(GLM2 | {"rope_ratio": 50}, glm2_shapes(K), twin("Glm", GLM | rope_of(5e5), glm2_undone(K)))
 CASES["chatglm2 all heads"] = Case(GLM2 | {"multi_query_attention": False}, glm2_shapes(H), twin(
+    "Glm", GLM | {"num_key_value_heads": H} | rope_of(1e4), glm2_undone(H, multi_query=False)))
+CASES["chatglm2 a group for each head"] = Case(GLM2 | {"multi_query_group_num": H}, glm2_shapes(H), twin(
     "Glm", GLM | {"num_key_value_heads": H} | rope_of(1e4), glm2_undone(H)))
 CASES["chatglm2 all biases"] = Case(
     GLM2 | {"add_bias_linear": True}, biased(glm2_shapes(K), "dense", "dense_h_to_4h", "dense_4h_to_h"),

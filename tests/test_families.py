@@ -91,13 +91,15 @@ TOLERANCE = 7e-6                          # relative to the largest logit; the l
 
 
 def theirs_of(name: str):
+    return randomize(built(*MODELS[name]), seed=3)
+
+
+def built(kind: str, config: dict):
     import transformers
-    kind, config = MODELS[name]
     made = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else kind + "Config")(**config)
     # Their plain attention adds Falcon's ALiBi twice; a padded Gemma 2 needs the plain one for its soft caps.
     made._attn_implementation = "sdpa" if kind == "Falcon" else "eager"
-    model = getattr(transformers, HEADS.get(kind, kind + "ForCausalLM"))(made).eval()
-    return randomize(model, seed=3)
+    return getattr(transformers, HEADS.get(kind, kind + "ForCausalLM"))(made).eval()
 
 
 @torch.no_grad()
@@ -115,6 +117,28 @@ def greedy(model, ids, n):
     for _ in range(n):
         ids = torch.cat((ids, theirs_on(model, ids)[:, -1:].argmax(-1)), dim=1)
     return ids[:, -n:]
+
+
+SAID = {"num_key_value_heads", "intermediate_size", "ffn_dim", "rotary_dim", "attention_types", "n_embd", "n_layer",
+        "n_head", "n_positions", "num_layers", "num_heads", "d_model", "n_heads", "n_layers", "max_seq_len", *SIZES}
+
+
+@pytest.mark.parametrize("name", {kind: name for name, (kind, _) in reversed(MODELS.items())}.values())
+def test_what_a_config_leaves_out_is_what_transformers_takes_it_for(name, tmp_path):
+    """A config.json of sizes alone, as in files of 2022 or in a hurry."""
+    kind, config = MODELS[name]
+    said = {k: v for k, v in config.items() if k in SAID}
+    if "num_attention_heads" in said:                        # 16 numbers to a head: a quarter of them can turn
+        said |= {"num_attention_heads": 3, **({"num_key_value_heads": 3} if "num_key_value_heads" in said or
+                                              kind in ("StableLm", "Phi") else {}),
+                 **({"head_dim": 16} if kind == "Helium" else {})}             # its o_proj cannot have another
+    theirs = randomize(built(kind, said), seed=3)
+    theirs.save_pretrained(tmp_path)
+    raw = {k: v for k, v in said.items() if v is not None} | {"model_type": theirs.config.model_type}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with torch.no_grad():
+        found = error(checkpoints.load(tmp_path)[0](IDS), theirs_on(theirs, IDS))
+    assert found < 2e-5, f"{name}: {found:.1e}"                                # heads of 256 numbers add up differently
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -162,6 +186,23 @@ def test_greedy_text(pair):
     mask = torch.ones_like(ids)
     mask[:, :3] = 0
     assert ours.generate(ids, 12, mask, temperature=0.0).tolist() == expected.tolist(), name
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+def test_a_text_that_outgrows_the_trained_length_while_it_is_written(pads, tmp_path):
+    """longrope has other divisors from then on, also for what is in the cache: as without a cache."""
+    theirs = randomize(built("Phi3", SIZES | GQA | {
+        "max_position_embeddings": 128, "original_max_position_embeddings": 14, "rope_parameters": LONG}), seed=3)
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoints.load(tmp_path)[0]
+    expected = greedy(theirs, IDS[:, :9], 12)
+    ids, mask = torch.full((2, 9 + pads), 5), torch.zeros(2, 9 + pads, dtype=torch.int64)
+    ids[:, pads:], mask[:, pads:] = IDS[:, :9], 1
+    assert ours.generate(ids, 12, mask, temperature=0.0).tolist() == expected.tolist()
+    # A row that has ended is dropped on the way; the other one goes on as if nothing had happened.
+    end = int(expected[0, 3])
+    assert end not in expected[1].tolist()
+    assert ours.generate(ids, 12, mask, temperature=0.0, eos_ids=[end])[1].tolist() == expected[1].tolist()
 
 
 def test_adapters_are_pefts(pair, tmp_path):

@@ -166,6 +166,24 @@ def test_qwen2_files_have_biases_and_are_not_permuted(tmp_path):
     assert model.config == config
 
 
+@pytest.mark.parametrize("kind, size", [("gpt2", 97), ("no_vocab", None), ("none", None)])
+def test_files_without_merges_and_without_a_vocabulary(kind, size, tmp_path):
+    """An empty list of merges is not written, and llama.cpp has a kind for models that come without tokens."""
+    def extra(w) -> None:
+        w.add_tokenizer_model(kind)
+        if size:
+            w.add_token_list([f"<{i}>" for i in range(size)])
+            w.add_token_types([1] * size)
+            w.add_token_merges([])
+
+    theirs, _ = twins(config := tiny_config())
+    write(tmp_path / "m.gguf", theirs, config, extra=extra)
+    model, tokenizer = checkpoints.load(tmp_path / "m.gguf")
+    assert (tokenizer and tokenizer.vocab_size) == size
+    with torch.no_grad():
+        assert_close(model(random_ids(2, 9)), theirs(random_ids(2, 9)).logits)
+
+
 def test_a_folder_with_one_gguf_is_a_checkpoint_and_with_two_is_not(tmp_path):
     config = tiny_config(**SIZES)
     theirs, _ = twins(config)

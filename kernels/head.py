@@ -95,9 +95,11 @@ def rows_torch(logits: Tensor, targets: Tensor, coef: Tensor, ppo: PPO | None, t
     return logp, entropy
 
 
-@triton.jit
-def row_kernel(LOGITS, TARGETS, COEF, OLD, ADV, LOGP, ENTROPY, stride, V, clip, temperature, softcap,
-               HAS_PPO: tl.constexpr, HAS_CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+# grad is no constexpr: with and without it the log-probability must come from the same instructions, or PPO's first
+# ratio is not exactly 1. (An int argument of 1 would become a constant: hence do_not_specialize.)
+@triton.jit(do_not_specialize=["grad"])
+def row_kernel(LOGITS, TARGETS, COEF, OLD, ADV, LOGP, ENTROPY, stride, V, clip, temperature, softcap, grad,
+               HAS_PPO: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)                                      # row * stride may pass 2^31
     base = LOGITS + row * stride
     inverse, cap = 1.0 / tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32)
@@ -126,7 +128,7 @@ def row_kernel(LOGITS, TARGETS, COEF, OLD, ADV, LOGP, ENTROPY, stride, V, clip, 
     logp = tl.where(target >= 0, chosen - lse, 0.0)
     tl.store(LOGP + row, logp)
     tl.store(ENTROPY + row, lse - tl.sum(moment * shrink, 0) / mass)
-    if GRAD:
+    if grad != 0:
         tl.debug_barrier()                                                   # all have read the target: write over it
         c = tl.where(target >= 0, tl.load(COEF + row), 0.0)
         if HAS_PPO:
@@ -157,7 +159,7 @@ def rows_triton(logits: Tensor, targets: Tensor, coef: Tensor, ppo: PPO | None, 
     logp, entropy = torch.empty(2, n, device=logits.device, dtype=torch.float32)
     old, adv, clip = ppo or PPO(coef, coef, 0.0)
     row_kernel[(n,)](logits, targets, coef, old, adv, logp, entropy, logits.stride(0), V, float(clip),
-                     float(temperature), float(softcap), HAS_PPO=ppo is not None, HAS_CAP=softcap > 0, GRAD=grad,
+                     float(temperature), float(softcap), int(grad), HAS_PPO=ppo is not None, HAS_CAP=softcap > 0,
                      **row_launch(V))
     return logp, entropy
 

@@ -46,7 +46,8 @@ def describe(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = given[name]
-        if kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1):
+        special = not kernel.params[i].do_not_specialize
+        if kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1 and special):
             signature[name], constants[(i,)] = "constexpr", value
         elif torch.is_tensor(value):
             signature[name] = TYPES[value.dtype]
@@ -54,7 +55,7 @@ def describe(kernel, args, kwargs):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2 ** 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

@@ -78,6 +78,7 @@ class Speaker:
         self.model, tokenizer = checkpoints.load(find(name), world.device, world.dtype)
         own = tokenizer and tokenizer.chat_template
         used = chat.use_format(tokenizer, "" if self.plain else cfg.template)
+        self.next_question = "" if self.plain else chat.next_question(used)
         if not (own or cfg.template):
             note(f"{name} names no chat format, {used} is used: --template takes another, or none")
         self.tokenizer, self.stops, self.left_out = tokenizer, set(tokenizer.eos_ids), 0
@@ -98,13 +99,16 @@ class Speaker:
         show(f"--- {self.name}\n" if len(self.cfg.compare) > 1 else "")
         ids, started = self.fit(messages), time.perf_counter()
         room = min(self.cfg.max_new_tokens, self.model.config.max_positions - len(ids))
-        stream, text, tokens, end = self.tokenizer.stream(), "", 0, f"cut after {room} tokens"
+        stream, text, held, tokens, end = self.tokenizer.stream(), "", "", 0, f"cut after {room} tokens"
 
-        def say(piece: str) -> None:
-            nonlocal text
+        def say(piece: str, last: bool = False) -> None:
+            nonlocal text, held
+            piece, held, asks = before_question(held + piece, self.next_question, last)
             # The space between "ASSISTANT:" and the answer belongs to the format: kept, it would be there twice.
             text += (piece := piece if text or self.plain else piece.lstrip())
             show(piece)
+            if asks:
+                raise AsksItself
 
         def on_token(new: torch.Tensor) -> None:
             nonlocal tokens, end
@@ -115,9 +119,11 @@ class Speaker:
             prompt = torch.tensor([ids], device=self.model.embed_tokens.weight.device)
             self.model.generate(prompt, room, temperature=self.cfg.temperature, top_p=self.cfg.top_p,
                                 eos_ids=self.stops, generator=self.generator, on_token=on_token)
+        except AsksItself:
+            end = ""
         except KeyboardInterrupt:
             end = "stopped"
-        say("" if end else stream.flush())               # an answer that was cut may be cut inside a character
+        say("" if end else stream.flush(), last=True)    # an answer that was cut may be cut inside a character
         show("\n")
         speed = f"{tokens} tokens, {tokens / (time.perf_counter() - started):.0f} tokens/s"
         if remarks := [x for x in (speed if sys.stdout.isatty() else "", end, "" if text else "no answer") if x]:
@@ -140,6 +146,19 @@ class Speaker:
             note(f"the conversation outgrows the {limit} tokens of {self.name}: oldest turns left out: {left_out}")
         self.left_out = left_out
         return ids
+
+
+class AsksItself(Exception):
+    """The model goes on with a question of its own."""
+
+
+def before_question(text: str, question: str, last: bool) -> tuple[str, str, bool]:
+    """Cuts off the question -> (what can be shown, what may be its beginning and waits, whether it is there).
+    "Yes.\\nBo", "\\nBob:" -> "Yes.", "\\nBo", False"""
+    if question and question in text:
+        return text[:text.index(question)], "", True
+    waits = 0 if last else next((n for n in range(len(question) - 1, 0, -1) if text.endswith(question[:n])), 0)
+    return text[:len(text) - waits], text[len(text) - waits:], False
 
 
 def find(name: str | Path) -> Path:

@@ -27,12 +27,17 @@ One integer `mask` (B, T) says everything about padding and packing:
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import attention as tiles
+from kernels import decode as split
+from kernels import glu, norm, rope
+from kernels.backend import use_triton
 from sampling import decode, left_pad
 
 
@@ -132,6 +137,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:                                    # (..., C)
+        if use_triton(x):              # the same in one pass, rounded once; so everywhere below: a GPU runs kernels/
+            return norm.rms_norm(x, self.weight, self.eps)
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         # A weight that load keeps in fp32 (Gemma's 1 + w) is applied before rounding, any other after it.
@@ -245,6 +252,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
 
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rope.rope(q, k, cos, sin) if use_triton(q) else (rotate(q, cos, sin), rotate(k, cos, sin))
+
+
 def alibi_slopes(heads: int, steepest: float = 8.0) -> Tensor:
     """The penalty per token of distance, one per head: 2^(-8/n), 2^(-16/n), ... for n = 2^k heads (8 heads: 1/2 ...
     1/256); other counts take the next lower power of two and fill up with every other slope of the next higher one."""
@@ -331,10 +342,30 @@ def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: T
     return (bias - slopes * distance[:, None].clamp(min=0)).to(dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None = None,
+class Bounds(NamedTuple):
+    """attention_bias without its (T, S) numbers, for the kernels: which keys a query sees, and ALiBi's slopes (H,)."""
+    spans: tiles.Spans
+    slopes: Tensor | None
+
+
+def attention_bounds(config: ModelConfig, docs: Tensor, queries: int, context: Tensor | None = None,
+                     window: int | None = None) -> Bounds:
+    slopes = None
+    if config.positions == "alibi":
+        slopes = alibi_slopes(config.num_heads, config.alibi_max).to(docs.device)
+    return Bounds(tiles.spans(docs.shape[1], queries, docs, window=window, context=context), slopes)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Bounds | None, scale: float | None = None,
            softcap: float | None = None) -> Tensor:
     """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real."""
     B, H, T, D = q.shape
+    if isinstance(bias, Bounds):
+        q, options = q.to(v.dtype), (bias.slopes, softcap or 0.0, scale)
+        if T == 1 and not torch.is_grad_enabled():
+            lo, hi = (x[:, 0].expand(B).contiguous() for x in bias.spans[:2])
+            return split.decode(q[:, :, 0], k, v, lo, hi, *options)[:, :, None]
+        return tiles.attention(q, k.to(v.dtype), v, bias.spans, *options)
     K, G, scale = k.shape[1], H // k.shape[1], scale or 1 / math.sqrt(D)
     if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu") or softcap):
         # Attention as on paper, with the G heads that share a key head folded into the rows of one matrix: no key is
@@ -344,6 +375,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | 
         scores = scores + bias.view(B, -1, max(1, bias.shape[1] // K), T, bias.shape[-1])    # (B, K, G, T, S)
         probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return (probs.view(B, K, G * T, -1) @ v).view(B, H, T, D)
+    if bias is None and q.is_cuda:                                             # there the library shares heads itself
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G > 1)
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
 
@@ -374,7 +407,7 @@ class Attention(nn.Module):
         if not self.full:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate_both(q, k, *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         out = attend(q, k, v, bias, self.scale, self.softcap)
@@ -389,12 +422,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias) if config.glu else None
         self.up_proj = nn.Linear(C, I, bias=config.mlp_bias)
         self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
-        self.act = ACTIVATIONS[config.activation]
+        self.act, self.kind = ACTIVATIONS[config.activation], config.activation
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(glu.glu(gate, up, self.kind) if self.kind in glu.KINDS else self.act(gate) * up)
 
 
 class Block(nn.Module):
@@ -434,6 +468,13 @@ class Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cap * torch.tanh(super().forward(x) / self.cap)
+
+
+def linear_head(head: nn.Module) -> tuple[Tensor, Tensor | None, float] | None:
+    """Weight, bias and cap of a head that is on a GPU and nothing more than that: kernels.head then makes its loss
+    without its logits. None: call it."""
+    plain = type(head) in (nn.Linear, Head) and use_triton(head.weight)
+    return (head.weight, head.bias, getattr(head, "cap", 0.0)) if plain else None
 
 
 class Transformer(nn.Module):
@@ -516,10 +557,15 @@ class Transformer(nn.Module):
         if config.prefix_ids:
             positions, blocks, context = prefix_layout(ids, docs, positions, config.prefix_ids,
                                                        earliest=config.positions == "learned_2d")
-        full = None if plain else attention_bias(config, docs, T, positions, dtype, context)
+        def limits(window: int | None = None) -> Tensor | Bounds:
+            if use_triton(self.embed_tokens.weight) and config.head_dim <= 256 and not config.alibi_rounded:
+                return attention_bounds(config, docs, T, context, window)
+            return attention_bias(config, docs, T, positions, dtype, context, window)
+
+        full = None if plain else limits()
         local = full
         if config.window is not None and S > config.window:                    # shorter texts do not notice the window
-            local = attention_bias(config, docs, T, positions, dtype, context, config.window)
+            local = limits(config.window)
         return positions[:, -T:], blocks if blocks is None else blocks[:, -T:], (full, local)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

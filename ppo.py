@@ -38,7 +38,8 @@ import memory
 import reward as reward_stage
 from data import batch as data_batch
 from data import chat, formats
-from model import Transformer
+from kernels.head import linear_logprobs
+from model import Transformer, linear_head
 from reward import RewardModel
 from sft import autocast, widen
 
@@ -347,13 +348,23 @@ def policy_logprobs(roles: Roles, role: str, ids: Tensor, mask: Tensor, response
     old, new and reference log-probabilities: were they computed in different ways, the first ratio would not be 1."""
     R, keep = response.shape[1], response == 1
     h = roles.hidden(role, ids, mask)[:, -R - 1:-1][keep]                      # (N, C), one to the left of the tokens
-    logits = roles.head(role)(h)
-    logp = token_logprobs(logits, ids[:, -R:][keep], temperature)
+    logp, H = head_logprobs(roles.head(role), h, ids[:, -R:][keep], temperature, entropy)
     logp = logp.new_zeros(response.shape).masked_scatter(keep, logp)
+    return logp, torch.zeros_like(logp).masked_scatter(keep, H) if entropy else None
+
+
+def head_logprobs(head: torch.nn.Module, h: Tensor, targets: Tensor, temperature: float,
+                  entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """(N, C), (N,) -> log-probabilities and entropies (N,) of softmax(head(h) / temperature)."""
+    if (parts := linear_head(head)) is not None:                               # on a GPU the logits never exist at once
+        weight, bias, cap = parts
+        return linear_logprobs(h, weight, targets, bias, temperature, cap)
+    logits = head(h)
+    logp = token_logprobs(logits, targets, temperature)
     if not entropy:
         return logp, None
     log_p = (widen(logits) / temperature).log_softmax(-1)
-    return logp, torch.zeros_like(logp).masked_scatter(keep, -(log_p.exp() * log_p).sum(-1))
+    return logp, -(log_p.exp() * log_p).sum(-1)
 
 
 def response_values(roles: Roles, ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import sample as kernel
+from kernels.backend import use_triton
+
 
 def decode(logits: Tensor, step: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None], max_new_tokens: int,
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, eos_ids: Iterable[int] = (),
@@ -66,6 +69,10 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int 
         best = logits.max(-1)
         check_finite(best.values)
         return best.indices, best.values - logits.logsumexp(-1)
+    if use_triton(logits):             # by thresholds instead of a sort, see there
+        new, logp = kernel.sample(logits, noise, temperature, top_k, top_p)
+        check_finite(logp)
+        return new, logp
     logits = logits if temperature == 1 else logits / temperature
     if top_k and top_k < logits.shape[-1]:             # 0, like None: all tokens
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)

@@ -30,7 +30,8 @@ import lora
 import memory
 from data import batch as data_batch
 from data import chat, formats
-from model import Transformer
+from kernels.head import linear_cross_entropy
+from model import Transformer, linear_head
 
 
 @dataclass
@@ -104,9 +105,19 @@ def batch_loss(model: Transformer, ids: Tensor, docs: Tensor | None, mask: Tenso
     if getattr(model, "encoder_decoder", False):
         prompt, seen, answer, keep = data_batch.split(ids, mask)
         given = F.pad(answer[:, :-1], (1, 0), value=model.config.decoder_start_id)       # [a b end] -> [start a b]
-        return nll(model.lm_head(model.hidden(prompt, seen, given)[keep]), answer[keep], n_tokens)
+        return head_loss(model.lm_head, model.hidden(prompt, seen, given)[keep], answer[keep], n_tokens)
     keep = mask[:, 1:] == 1
-    return nll(model.lm_head(model.hidden(ids, docs)[:, :-1][keep]), ids[:, 1:][keep], n_tokens)
+    return head_loss(model.lm_head, model.hidden(ids, docs)[:, :-1][keep], ids[:, 1:][keep], n_tokens)
+
+
+def head_loss(head: torch.nn.Module, h: Tensor, targets: Tensor, n_tokens: float | None = None) -> Tensor:
+    """nll(head(h), targets): (N, C), (N,). On a GPU in chunks of rows, with the gradients made on the way: (N, V)
+    logits never exist as a whole."""
+    if (parts := linear_head(head)) is None:
+        return nll(head(h), targets, n_tokens)
+    weight, bias, cap = parts
+    share = torch.tensor(1 / max(1, len(targets) if n_tokens is None else n_tokens), device=h.device)
+    return linear_cross_entropy(h, weight, targets, share, bias, softcap=cap)
 
 
 # ---------------------------------------------------------------- batches and answers

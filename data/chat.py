@@ -40,7 +40,7 @@ from data.chat_formats import (
     zephyr,
 )
 
-__all__ = ["ALPACA", "FORMATS", "VICUNA", "check_format", "guess", "render", "use_format"]
+__all__ = ["ALPACA", "FORMATS", "VICUNA", "check_format", "guess", "next_question", "render", "use_format"]
 
 FORMATS = {"chatml": chatml, "alpaca": alpaca, "vicuna": vicuna, "llama2": llama2, "llama3": llama3, "zephyr": zephyr,
            "chatglm": chatglm, "chatglm2": chatglm2, "chatglm3": chatglm3, "glm4": glm4, **ROWS}
@@ -111,6 +111,16 @@ def use_format(tokenizer, name: str = "") -> str:
     if end not in tokenizer.eos_ids:
         tokenizer.eos_ids.insert(0, end)
     return tokenizer.chat_template
+
+
+def next_question(name: str) -> str:
+    """What a model writes behind its answer if its format taught it no end token: the beginning of the next question.
+    "chatrwkv" -> "\\nBob:"; "" where an end token is certain."""
+    row = ROWS.get(name)
+    if row is None or row.history_end:
+        return ""
+    text = (row.between + row.user.partition("{}")[0]).rstrip()
+    return "\n" * text.startswith("\n") + text.lstrip("\n")
 
 
 # ---------------------------------------------------------------- rendering

@@ -51,8 +51,7 @@ def from_file(path: Path) -> Tokenizer | None:
         if tokenizer is not None:
             tokenizer.decode(tokenizer.encode("Hello, world 12\n\u4f60\u597d e\u0301 <0x41>", special=True))
         return tokenizer
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError,
-            struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 

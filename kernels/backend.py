@@ -1,8 +1,8 @@
 """Triton where there is one, and the one decision that every operation makes: its kernel or its PyTorch definition.
 
-    KERNELS=auto      the kernel on an NVIDIA GPU of compute capability 8.0 or more, the definition everywhere else
-    KERNELS=torch     the definition everywhere: is a strange result the kernel's fault?
-    KERNELS=triton    the kernel or an error, never a silent way out; the tests run it in triton's interpreter
+    CHATPIXIU_KERNELS=auto      the kernel on an NVIDIA GPU of capability 8.0 or more, the definition everywhere else
+    CHATPIXIU_KERNELS=torch     the definition everywhere: is a strange result the kernel's fault?
+    CHATPIXIU_KERNELS=triton    the kernel or an error, never a silent way out: the tests, in triton's interpreter
 
 Triton is optional: without it `triton.jit` below hands the function back as it is, and nobody ever launches it.
 """
@@ -39,9 +39,9 @@ def capability(device: int) -> tuple[int, int]:
 
 
 def choice() -> str:
-    mode = os.environ.get("KERNELS", "auto")
+    mode = os.environ.get("CHATPIXIU_KERNELS", "auto")
     if mode not in ("auto", "torch", "triton"):
-        raise UserError(f"KERNELS={mode!r}: known are auto, torch and triton")
+        raise UserError(f"CHATPIXIU_KERNELS={mode!r}: known are auto, torch and triton")
     return mode
 
 
@@ -52,10 +52,11 @@ def use_triton(x: Tensor) -> bool:
         return False
     if mode == "triton":
         if not INSTALLED:
-            raise UserError("KERNELS=triton, but triton is not installed: pip install triton, or KERNELS=auto")
+            raise UserError("CHATPIXIU_KERNELS=triton, but triton is not installed: pip install triton, or set it to "
+                            "auto")
         if not (x.is_cuda or INTERPRETED):
-            raise UserError(f"KERNELS=triton, but this tensor is on {x.device}: move the model to a GPU, or set "
-                            "TRITON_INTERPRET=1 before the program starts (slow, for tests)")
+            raise UserError(f"CHATPIXIU_KERNELS=triton, but this tensor is on {x.device}: move the model to a GPU, or "
+                            "set TRITON_INTERPRET=1 before the program starts (slow, for tests)")
         if INTERPRETED and x.dtype == torch.bfloat16:
             raise UserError("triton's interpreter computes garbage in bfloat16: use float32 or float16 there")
         return True

@@ -248,7 +248,7 @@ def exact_attention(data: dict, train: bool) -> tuple:
     out = [torch.empty_like(data[n], dtype=torch.float32, requires_grad=False) for n in ("q", "q", "k", "v")]
     for b in range(B):
         spans = data["spans"]
-        row = attention.Spans(*(x[b:b + 1] if len(x) > 1 else x for x in spans[:4]), spans.plain)
+        row = attention.Spans(*(x[b:b + 1] if len(x) > 1 else x for x in spans[:4]), *spans[4:])
         for i in range(K):
             at, heads = (slice(b, b + 1), slice(i, i + 1)), slice(i * (H // K), (i + 1) * (H // K))
             q = data["q"][b:b + 1, heads].detach().float().requires_grad_()
@@ -275,11 +275,11 @@ def attention_step(function: Callable, data: dict, train: bool) -> Callable:
 def ours_attention(data: dict) -> Callable:
     """The kernel, also for the plain causal mask, which `attention` itself hands to the library."""
     def function(q, k, v):
-        os.environ["KERNELS"] = "triton" if q.is_cuda else "torch"
+        os.environ["CHATPIXIU_KERNELS"] = "triton" if q.is_cuda else "torch"
         try:
             return attention.attention(q, k, v, data["spans"], data["slopes"], data["softcap"])
         finally:
-            del os.environ["KERNELS"]
+            del os.environ["CHATPIXIU_KERNELS"]
     return function
 
 
@@ -560,11 +560,10 @@ def rows() -> list[Row]:
 
 # ---------------------------------------------------------------- tile sizes
 
-CANDIDATES = {"FORWARD": [(128, 64, 2, 8), (128, 64, 3, 8), (128, 128, 2, 8), (64, 64, 3, 4), (64, 64, 2, 4),
-                          (64, 128, 2, 4), (128, 64, 3, 4), (128, 32, 3, 8)],
-              "DQ": [(128, 64, 2, 8), (64, 64, 2, 4), (64, 64, 3, 4), (128, 32, 3, 8), (128, 64, 1, 8), (64, 32, 3, 4)],
-              "DKV": [(64, 128, 2, 8), (32, 128, 2, 8), (32, 128, 3, 8), (64, 64, 2, 4), (32, 64, 3, 4), (64, 64, 2, 8),
-                      (32, 64, 2, 4)]}
+CANDIDATES = {"FORWARD": [(128, 64, 3, 8), (64, 64, 3, 4), (128, 128, 2, 8), (128, 64, 2, 8)],
+              "DQ": [(64, 32, 3, 4), (64, 64, 3, 4), (64, 64, 2, 4), (128, 64, 3, 8), (128, 64, 2, 8)],
+              "DKV": [(32, 64, 3, 4, 1), (32, 64, 3, 4, 0), (32, 64, 2, 4, 1), (64, 128, 3, 8, 0), (32, 128, 3, 8, 1),
+                      (64, 64, 2, 4, 0), (64, 128, 2, 8, 1)]}
 
 
 def tune_attention(deadline: float, timer: Callable, distance: Callable) -> list[dict]:

@@ -14,7 +14,7 @@ chunk of rows is therefore finished in one go, while its logits are still there,
     h   | chunk of logits  |  1. logits = h W^T                 the library's matrix product        2 NHV FLOPs
     N   +------------------+  2. the row kernel, in place: logits become gradients, two passes over each row
         |   next chunk     |  3. dh = dz W                                                          2 NHV
-        |       ...        |  4. dW += dz^T h, summed in fp32                                       2 NHV
+        |       ...        |  4. dW += dz^T h, summed in fp32 (one chunk: the product's own sum)    2 NHV
         +------------------+
     one program of the kernel:   row  [ block | block | block | ... ]   pass 1: max, sum, entropy;   pass 2: gradient
 
@@ -95,9 +95,11 @@ def rows_torch(logits: Tensor, targets: Tensor, coef: Tensor, ppo: PPO | None, t
     return logp, entropy
 
 
-@triton.jit
-def row_kernel(LOGITS, TARGETS, COEF, OLD, ADV, LOGP, ENTROPY, stride, V, clip, temperature, softcap,
-               HAS_PPO: tl.constexpr, HAS_CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+# grad is no constexpr: with and without it the log-probability must come from the same instructions, or PPO's first
+# ratio is not exactly 1. (An int argument of 1 would become a constant: hence do_not_specialize.)
+@triton.jit(do_not_specialize=["grad"])
+def row_kernel(LOGITS, TARGETS, COEF, OLD, ADV, LOGP, ENTROPY, stride, V, clip, temperature, softcap, grad,
+               HAS_PPO: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)                                      # row * stride may pass 2^31
     base = LOGITS + row * stride
     inverse, cap = 1.0 / tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32)
@@ -126,7 +128,7 @@ def row_kernel(LOGITS, TARGETS, COEF, OLD, ADV, LOGP, ENTROPY, stride, V, clip, 
     logp = tl.where(target >= 0, chosen - lse, 0.0)
     tl.store(LOGP + row, logp)
     tl.store(ENTROPY + row, lse - tl.sum(moment * shrink, 0) / mass)
-    if GRAD:
+    if grad != 0:
         tl.debug_barrier()                                                   # all have read the target: write over it
         c = tl.where(target >= 0, tl.load(COEF + row), 0.0)
         if HAS_PPO:
@@ -157,44 +159,50 @@ def rows_triton(logits: Tensor, targets: Tensor, coef: Tensor, ppo: PPO | None, 
     logp, entropy = torch.empty(2, n, device=logits.device, dtype=torch.float32)
     old, adv, clip = ppo or PPO(coef, coef, 0.0)
     row_kernel[(n,)](logits, targets, coef, old, adv, logp, entropy, logits.stride(0), V, float(clip),
-                     float(temperature), float(softcap), HAS_PPO=ppo is not None, HAS_CAP=softcap > 0, GRAD=grad,
+                     float(temperature), float(softcap), int(grad), HAS_PPO=ppo is not None, HAS_CAP=softcap > 0,
                      **row_launch(V))
     return logp, entropy
 
 
 # ---------------------------------------------------------------- the loop over chunks
 
-def chunk_rows(n: int, vocabulary: int, like: Tensor) -> int:
-    """Rows of a chunk: the budget's worth of logits, a multiple of 64, at least 64. On a GPU equal chunks."""
-    budget = BUDGET["cuda" if like.is_cuda else "cpu"] // (vocabulary * like.element_size())
-    rows = max(64, budget // 64 * 64)
+def chunk_rows(n: int, weight: Tensor, want_dw: bool) -> int:
+    """Rows of a chunk: the budget's worth of logits, a multiple of 64, at least 64. On a GPU equal chunks, or a single
+    one in bf16 if the logits fit into the budget and the room of the sum in fp32, which it does not need."""
+    vocabulary, size, gpu = len(weight), weight.element_size(), weight.is_cuda
+    budget = BUDGET["cuda" if gpu else "cpu"]
+    if gpu and want_dw and weight.dtype == torch.bfloat16 and n * vocabulary * size <= budget + weight.nbytes:
+        return n
+    rows = max(64, budget // (vocabulary * size) // 64 * 64)
     chunks = max(1, -(-n // rows))
-    return max(1, -(-n // chunks) if like.is_cuda else min(n, rows))
+    return max(1, -(-n // chunks) if gpu else min(n, rows))
 
 
-def add_product(total: Tensor, dz: Tensor, h: Tensor) -> None:
-    """total += dz^T h, the sum in fp32. A GPU adds inside the product; a CPU rounds each chunk's product to the dtype
-    of its factors (its fast product has no other output) and sums those in fp32."""
-    if dz.dtype == total.dtype:
-        total.addmm_(dz.t(), h)
-    elif dz.is_cuda:
-        torch.addmm(total, dz.t(), h, out_dtype=total.dtype, out=total)
-    else:
-        total += dz.t() @ h
+def add_product(total: Tensor | None, dz: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + dz^T h of type dtype. A GPU adds inside the product; a CPU rounds each chunk's product to the dtype of
+    its factors (its fast product has no other output) and sums those in fp32."""
+    if dz.is_cuda and dz.dtype != dtype:
+        if total is None:
+            return torch.mm(dz.t(), h, out_dtype=dtype)
+        return torch.addmm(total, dz.t(), h, out_dtype=dtype, out=total)
+    if total is None:
+        return (dz.t() @ h).to(dtype)
+    return total.addmm_(dz.t(), h) if dz.dtype == dtype else total.add_(dz.t() @ h)
 
 
 def sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, coef: Tensor, ppo: PPO | None,
           temperature: float, softcap: float, want: tuple[bool, bool, bool]) -> tuple:
     """All chunks: log-probs, entropies (N,), and where wanted dh, dW, dbias of sum_i coef_i * (log p_i or PPO's loss).
-    h and weight have the dtype of the products; dh keeps it, dW and dbias are sums in fp32."""
+    h and weight have the dtype of the products; dh keeps it, dbias and dW are sums in fp32. In a single chunk the
+    product itself sums in fp32, and dW is rounded once there."""
     rows_fn, exact = rows_triton if use_triton(h) else rows_torch, torch.float64 if h.dtype == torch.float64 else None
     n, grad = len(h), any(want)
     sums = exact or torch.float32
+    rows = chunk_rows(n, weight, want[1])
     dh = torch.empty_like(h) if want[0] else None
-    dW = torch.zeros(weight.shape, device=h.device, dtype=sums) if want[1] else None
+    dW = torch.zeros_like(weight) if want[1] and n == 0 else None
     dbias = torch.zeros(len(weight), device=h.device, dtype=sums) if want[2] else None
     logp, entropy = torch.empty(2, n, device=h.device, dtype=sums)
-    rows = chunk_rows(n, len(weight), h)
     for start in range(0, n, rows):
         part = slice(start, min(n, start + rows))
         logits = F.linear(h[part], weight, bias)                             # (rows, V), the only one there is
@@ -203,7 +211,8 @@ def sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, coef:
         if want[0]:
             torch.mm(logits, weight, out=dh[part])
         if want[1]:
-            add_product(dW, logits, h[part])
+            dW = add_product(dW, logits, h[part], weight.dtype if rows == n and weight.is_cuda and
+                             weight.dtype == torch.bfloat16 else sums)
         if want[2]:
             dbias += logits.sum(0, dtype=sums)
         del logits

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import power_of_two, processors, tl, triton, use_triton
+from kernels.backend import choice, power_of_two, processors, tl, triton, use_triton
 
+SMALL = 1 << 24        # numbers: below, the library's fused RMSNorm takes a fifth of our time on the host (docs/LOG.md)
 WIDEST = 8192       # numbers of a row that fit into the registers of one program, next to their weights' gradients
 
 
@@ -162,6 +163,9 @@ class Norm(torch.autograd.Function):
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, layer: bool,
          residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    small = x.numel() < SMALL and residual is None and not layer and (weight is None or weight.dtype == x.dtype)
+    if x.is_cuda and small and choice() == "auto" and bias is None:          # there the host's pace decides
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     if use_triton(x) and x.shape[-1] <= WIDEST and x.numel():
         return Norm.apply(x, residual, weight, bias, eps, layer)
     if residual is not None:

@@ -58,6 +58,6 @@ def poison():
 @pytest.fixture(autouse=True)
 def kernels_only(monkeypatch):
     """The kernel or an error."""
-    monkeypatch.setenv("KERNELS", "triton")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "triton")
     with poison():
         yield

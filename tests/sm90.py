@@ -22,11 +22,11 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import attention, decode, glu, head, norm, rope  # noqa: E402
+from kernels import attention, decode, gae, glu, head, nf4, norm, rope, sample  # noqa: E402
 
-MODULES = (attention, decode, glu, head, norm, rope)
+MODULES = (attention, decode, gae, glu, head, nf4, norm, rope, sample)
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-         torch.int64: "*i64"}
+         torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8"}
 LAUNCHES = []                          # (kernel, positional arguments, constants and options)
 
 
@@ -46,7 +46,8 @@ def describe(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = given[name]
-        if kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1):
+        special = not kernel.params[i].do_not_specialize
+        if kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1 and special):
             signature[name], constants[(i,)] = "constexpr", value
         elif torch.is_tensor(value):
             signature[name] = TYPES[value.dtype]
@@ -54,7 +55,7 @@ def describe(kernel, args, kwargs):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2 ** 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -121,6 +122,19 @@ def run_glu(kind: str, dtype: torch.dtype) -> None:
     glu.glu(gate[:, :500], up[:, :500], kind)
 
 
+def run_sample(V: int, dtype: torch.dtype) -> None:
+    sample.sample(random(4, V, dtype=dtype, grad=False), torch.zeros(4), 0.7, 50, 0.9)
+    sample.sample(random(4, V, dtype=dtype, grad=False), torch.zeros(4))
+
+
+def run_gae(R: int) -> None:
+    gae.gae(torch.zeros(4, R), torch.zeros(4, R), torch.ones(4, R, dtype=torch.int64))
+
+
+def run_nf4(double: bool, dtype: torch.dtype) -> None:
+    nf4.dequantise(nf4.quantise(torch.ones(64, 64, dtype=dtype), double))
+
+
 def cases() -> dict:
     half, full = torch.bfloat16, torch.float32
     out = {}
@@ -137,6 +151,12 @@ def cases() -> dict:
         out[f"norm {C}"] = run_norm, C, C == 4096, half
     out["norm 8192 fp32"] = run_norm, 8192, True, full
     out["rope 128"], out["rope 80 of 128"] = (run_rope, 128, 128, half), (run_rope, 128, 80, half)
+    for V in (1000, 128256):
+        out[f"sample {V}"] = run_sample, V, half
+    for R in (53, 8192):
+        out[f"gae {R}"] = run_gae, R
+    for double in (False, True):
+        out[f"nf4 {double}"] = run_nf4, double, half
     for kind in glu.KINDS:
         out[f"glu {kind}"] = run_glu, kind, half
     return out
@@ -148,7 +168,7 @@ def main() -> None:
         for name, value in vars(module).items():
             if name.endswith("_kernel"):
                 setattr(module, name, Recorder(value))
-    os.environ["KERNELS"] = "triton"
+    os.environ["CHATPIXIU_KERNELS"] = "triton"
     for case, (function, *args) in cases().items():
         LAUNCHES.clear()
         function(*args)

@@ -1,6 +1,7 @@
 """data/chat.py: what a conversation becomes. One pass, prompts are prefixes, one BOS, the end token supervised, and
 nothing that a user types can pretend to be the format."""
 import copy
+import importlib
 import json
 
 import pytest
@@ -283,10 +284,12 @@ def test_all_built_in_formats_are_in_these_tests():
 
 
 def in_format(tokenizer: Tokenizer, name: str) -> Tokenizer:
-    """The same tokenizer in another format, "jinja x" = the template x; it stops where the format ends an answer."""
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.eos_ids, tokenizer.chat_template = list(tokenizer.eos_ids), JINJA.get(name.removeprefix("jinja "))
+    """The same tokenizer in another format, "jinja x" = the template x. It stops at the format's end of an answer, but
+    not only and not first there, as many models do."""
+    ends, tokenizer = tokenizer.eos_ids, copy.copy(tokenizer)
+    tokenizer.eos_ids, tokenizer.chat_template = list(ends), JINJA.get(name.removeprefix("jinja "))
     chat.use_format(tokenizer, "" if name.startswith("jinja") else name)
+    tokenizer.eos_ids = ends + [i for i in tokenizer.eos_ids if i not in ends]
     return tokenizer
 
 
@@ -345,6 +348,15 @@ def test_a_template_that_never_opens_an_answer(tokenizer):
     assert marked(tokenizer, messages("Hi", "Yes")).endswith("<|im_start|>assistant\n[[Yes<|im_end|>]]\n")
     tokenizer.chat_template = LLAMA2                      # here nothing is missing: only the answer brings a space
     assert marked(tokenizer, messages("Hi"), True) == "<s>[INST] Hi [/INST]"
+
+
+def test_ends_of_turns_that_the_settings_do_not_name(tokenizer, full):
+    """Many files name </s> alone: <|im_end|> ends an answer all the same. A token that opens a question does not."""
+    tokenizer.eos_ids, tokenizer.chat_template = tokenizer.eos_ids[:1], CHATML
+    assert marked(tokenizer, messages("Hi", "Yes", "And?", "No")).count("<|im_end|>]]") == 2
+    full.chat_template = jinja("baichuan", full)
+    assert marked(full, messages("Hi", "Yes", "And?", "No")) == (
+        "<reserved_106>Hi<reserved_107>Yes<reserved_106>And?<reserved_107>[[No</s>]]")
 
 
 def test_what_a_template_says_for_the_assistant_is_supervised(tokenizer):
@@ -496,6 +508,19 @@ def test_what_a_model_without_a_template_gets(tokenizer, full):
     assert chat.use_format(full) == "chatglm" and full.eos_ids[0] == full.specials["<eop>"]
     with pytest.raises(UserError, match="internlm +InternLM-Chat\n"):
         chat.use_format(full, "help")
+
+
+def test_what_a_model_goes_on_with_where_answers_have_no_end_token():
+    assert [chat.next_question(name) for name in ("chatrwkv", "baize", "vicuna_v0", "baichuan", "robin", "falcon")] == [
+        "\nBob:", "\n[|Human|]", "\n### Human:", "<reserved_106>", "\n###Human:", "\nUser:"]
+    assert {chat.next_question(name) for name in ("chatml", "vicuna", "chatglm", "moss", "plain", "{{ x }}")} == {""}
+
+
+@pytest.mark.parametrize("script", ["sft", "reward", "ppo"])
+def test_every_script_refuses_an_unknown_format_before_it_loads_anything(script):
+    module = importlib.import_module(script)
+    with pytest.raises(UserError, match="--template nope is unknown; known:\n  chatml"):
+        module.main(module.Config(template="nope", dry_run=True))
 
 
 def test_use_format_takes_the_name_then_the_model_s_own_then_a_default(tokenizer):

@@ -244,6 +244,19 @@ def test_spaces_that_belong_to_the_format_are_not_doubled(cli, seen, tmp_path):
     assert out == "yes\nyes\n\n" and "USER: Hi ASSISTANT: yes<|im_end|>USER: Ho ASSISTANT:" in seen[1]
 
 
+@pytest.mark.parametrize("said, shown", [
+    ("yes\n\nUser: no", "yes"), ("yes\nUse it\nUser:", "yes\nUse it"), ("a\nUser", "a\nUser"), ("\nUser: x", "")])
+def test_a_model_that_asks_itself_is_stopped(said, shown, cli, dice, monkeypatch):
+    """Falcon's format ends answers with no token: such a model writes the next question as well."""
+    def generate(model, prompt, room, on_token, **how):
+        for i in [*tokenizers.load_tokenizer(Path(dice)).encode(said), END]:
+            on_token(torch.tensor(i))
+
+    monkeypatch.setattr(Transformer, "generate", generate)
+    assert cli(dice, "--prompt", "Hi", "--template", "falcon")[0].strip("\n") == shown
+    assert "User" in cli(dice, "--prompt", "Hi", "--template", "chatml")[0], "which has an end token"
+
+
 # ---------------------------------------------------------------- conversation
 
 def test_a_conversation_and_its_commands(cli, seen, tmp_path):

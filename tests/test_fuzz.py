@@ -35,7 +35,7 @@ from common import UserError
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2,
          "num_kv_heads": 2}
-FEW = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 100)),
+FEW = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 80)),
                suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

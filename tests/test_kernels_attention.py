@@ -10,11 +10,16 @@ from model import ModelConfig, alibi_slopes, attend, attention_bias, count_posit
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
+    tile(monkeypatch)
+
+
+def tile(monkeypatch, split=True):
     """Tiles of 16 x 32 and 32 x 16: 53 rows are several of them, with full ones between partial ones."""
     def launch(table, x):
         rows, columns = (16, 32) if table is A.FORWARD else (32, 16)
         D = x.shape[-1]
-        return {"D": D, "BD": A.power_of_two(max(16, D)), "BM": rows, "BN": columns, "num_stages": 1, "num_warps": 4}
+        return {"D": D, "BD": A.power_of_two(max(16, D)), "BM": rows, "BN": columns, "num_stages": 1, "num_warps": 4,
+                **({"SPLIT": split} if table is A.DKV else {})}
     monkeypatch.setattr(A, "launch", launch)
 
 
@@ -80,7 +85,7 @@ def compare(dtype, B, H, K, T, S, D, spans, slopes=None, softcap=0.0, scale=None
     q = random(B, T, H, D, dtype=dtype).transpose(1, 2)               # as a projection leaves it: strided heads
     k, v = random(B, K, S, D, dtype=dtype, seed=1), random(B, S, K, D, dtype=dtype, seed=2).transpose(1, 2)
     do = random(B, H, T, D, dtype=dtype, seed=3)
-    spans = A.Spans(*(x.to(DEVICE) for x in spans[:4]), spans.plain)
+    spans = A.Spans(*(x.to(DEVICE) for x in spans[:4]), *spans[4:])
     got = run(A.attention, q, k, v, do, spans, slopes, softcap, scale)
     expected = run(A.ref_attention, *(x.double() for x in (q, k, v, do)), spans, slopes, softcap, scale)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected):
@@ -100,6 +105,18 @@ def test_kernels_are_the_definition_for_every_mask(name, dtype):
 @pytest.mark.parametrize("H, K", [(2, 2), (3, 1), (8, 2)], ids=["groups of 1", "groups of 3", "groups of 4"])
 def test_shared_key_heads(H, K):
     compare(torch.float32, 1, H, K, 37, 37, 16, A.spans(37, docs=DOCS[:1, :37]))
+
+
+def test_the_keys_kernel_with_one_loop_for_all_tiles(monkeypatch):
+    tile(monkeypatch, split=False)
+    compare(torch.float32, 2, 4, 2, 53, 53, 16, A.spans(53, docs=DOCS, prefix=9), alibi_slopes(4).to(DEVICE))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_slopes_where_nobody_looks_ahead(window):
+    """Then the penalty is a term of the key alone: in full tiles, across documents, with fewer queries than keys."""
+    compare(torch.float32, 2, 4, 2, 53, 53, 16, A.spans(53, docs=DOCS, window=window), alibi_slopes(4).to(DEVICE))
+    compare(torch.float16, 1, 4, 2, 21, 53, 16, A.spans(53, 21, window=window), alibi_slopes(4).to(DEVICE))
 
 
 @pytest.mark.parametrize("D", [20, 32, 80])
@@ -134,13 +151,13 @@ def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient():
 
 def test_the_same_bits_twice():
     q, k, v, do = (random(1, 4, 40, 16, seed=i) for i in range(4))
-    spans = A.Spans(*(x.to(DEVICE) for x in A.spans(40, prefix=3)[:4]), False)
+    spans = A.spans(40, prefix=3, device=DEVICE)
     for a, b in zip(run(A.attention, q, k, v, do, spans), run(A.attention, q, k, v, do, spans)):
         assert torch.equal(a, b)
 
 
 def test_gradients_of_the_definition_by_finite_differences(monkeypatch):
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 6, 3, generator=g, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     spans = A.spans(6, docs=torch.tensor([[0, 1, 1, 1, 2, 2]]), prefix=2)

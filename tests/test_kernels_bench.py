@@ -10,22 +10,25 @@ import torch
 from kernels import bench, bench_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = {"ours", "eager", "sdpa", "sdpa+mask", "F.rms_norm"}
+HERE = {"ours", "eager", "sdpa", "sdpa+mask", "F.rms_norm", "addmm", "sort"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself does this")
 def test_every_row_times_the_same_function(monkeypatch):
     monkeypatch.setattr(bench_rows, "DIVIDE", 64)
-    monkeypatch.setenv("KERNELS", "torch")
-    rows = bench_rows.rows()
-    assert len({row.name for row in rows}) == len(rows) == 32
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
+    rows = bench.all_rows()
+    assert len({row.name for row in rows}) == len(rows) == 41
     for row in rows:
         data = row.inputs()
-        expected = row.exact(data)
+        expected = row.exact(data) if row.exact else row.providers["sort"](data)()
         ran = [name for name in row.providers if name in HERE]
         assert "ours" in ran and row.flops + row.bytes > 0
         for name in ran:
             got = row.providers[name](bench_rows.own(data))()
+            if row.exact is None:                                      # with equal logits a sort keeps any of them
+                assert float((got[0] == expected[0]).float().mean()) > 0.8, (row.name, name)
+                continue
             assert bench.distance(got, expected) < bench.WRONG, (row.name, name)
         got = row.providers["ours"](bench_rows.own(data))()
         changed = (got[0] * 1.1, *got[1:])

@@ -56,7 +56,7 @@ def test_the_definition_is_the_last_row_of_attention():
     spans = A.spans(30, 1, docs=docs)
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.05], device=DEVICE)
     lo, hi = spans.lo[:, 0].to(DEVICE), spans.hi[:, 0].to(DEVICE)
-    spans = A.Spans(*(x.to(DEVICE) for x in spans[:4]), False)
+    spans = A.Spans(*(x.to(DEVICE) for x in spans[:4]), *spans[4:])
     expected = A.ref_attention(q, k, v, spans, slopes, 2.0)[:, :, 0]
     check(D.ref_decode(q[:, :, 0], k, v, lo, hi, slopes, 2.0), expected, 1e-6)
 

@@ -68,7 +68,7 @@ def test_with_the_projection_behind_it(frozen):
 
 def test_definition_by_finite_differences_and_empty_rows(monkeypatch):
     assert G.glu(torch.empty(0, 8, device=DEVICE), torch.empty(0, 8, device=DEVICE)).shape == (0, 8)
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     w = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     for kind in ("silu", "gelu", "gelu_tanh"):

@@ -7,7 +7,7 @@ from kernel_cases import check, kernels_only, leaf, random  # noqa: F401
 
 from kernels import attention as A
 from kernels import decode as D
-from kernels import glu, head, norm
+from kernels import glu, head, norm, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -74,6 +74,31 @@ def test_head_in_chunks_of_its_real_size(V, monkeypatch):
     compare(lambda *x: head.linear_cross_entropy(*x, targets, torch.tensor(1 / 1100)),
             lambda h, w: F.cross_entropy(F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32)), targets),
             (h, w), torch.ones((), device="cuda"), ("loss", "dh", "dw"))
+
+
+def test_head_in_one_chunk_and_the_same_bits_with_and_without_gradient():
+    """One chunk sums dW inside the product. PPO's first ratio is exactly 1 only if log p has the same bits."""
+    V = 50257
+    h, w = random(700, 512, dtype=torch.bfloat16), random(V, 512, dtype=torch.bfloat16, seed=1, scale=0.05)
+    targets = torch.randint(0, V, (700,), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    compare(lambda *x: head.linear_cross_entropy(*x, targets, torch.tensor(1 / 700)),
+            lambda h, w: F.cross_entropy(F.linear(h, w).to(torch.promote_types(h.dtype, torch.float32)), targets),
+            (h, w), torch.ones((), device="cuda"), ("loss", "dh", "dw"))
+    for temperature, cap in ((1.0, 0.0), (0.7, 0.0), (0.7, 30.0)):
+        logp, _ = head.linear_logprobs(leaf(h), w, targets, temperature=temperature, softcap=cap)
+        with torch.no_grad():
+            again, _ = head.linear_logprobs(h, w, targets, temperature=temperature, softcap=cap)
+        assert torch.equal(logp, again)
+
+
+def test_sampling_from_a_real_vocabulary():
+    logits = random(16, 128256, dtype=torch.bfloat16, scale=3.0)
+    noise = torch.rand(16, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    for k, p in ((None, None), (50, None), (None, 0.9), (50, 0.9)):
+        ids, logp = sample.sample(logits, noise, 0.8, k, p)
+        expected, expected_logp = sample.ref_sample(logits.double(), noise.double(), 0.8, k, p)
+        same = ids == expected                                         # a draw on the border of two tokens may differ
+        assert int(same.sum()) >= 15 and float((logp - expected_logp)[same].abs().max()) < 1e-3
 
 
 @HALF

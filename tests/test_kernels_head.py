@@ -156,7 +156,7 @@ def test_kernel_and_torch_rows_are_the_same_function(monkeypatch, dtype):
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_gradients_of_the_torch_path_by_finite_differences(monkeypatch, frozen):
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     g = torch.Generator().manual_seed(0)
     h = torch.randn(5, 4, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, generator=g, dtype=torch.float64, requires_grad=not frozen)
@@ -173,7 +173,7 @@ def test_gradients_of_the_torch_path_by_finite_differences(monkeypatch, frozen):
 
 def test_bf16_sums_its_chunks_in_fp32(monkeypatch):
     """dW of many chunks may not be worse than one plain bf16 product over all rows: the sum is not kept in bf16."""
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     h, weight = torch.randn(64 * 40, 16).bfloat16(), torch.randn(50, 16).bfloat16().requires_grad_()
     targets = torch.randint(0, 50, (len(h),))
     head.linear_cross_entropy(h, weight, targets).backward()
@@ -187,7 +187,7 @@ def test_bf16_sums_its_chunks_in_fp32(monkeypatch):
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
     """The largest tensor that is ever made has a chunk's size: 200 rows of 1,000 logits, chunks of 64."""
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     h, weight, sizes = torch.randn(200, 8, requires_grad=True), torch.randn(1000, 8), []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda *a: sizes.append(linear(*a).numel()) or linear(*a))
@@ -196,7 +196,7 @@ def test_never_more_logits_than_a_chunk(monkeypatch):
 
 
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs(monkeypatch):
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     h, weight = torch.randn(9, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.arange(9)
     with torch.autocast("cpu", torch.bfloat16):

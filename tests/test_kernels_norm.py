@@ -80,7 +80,7 @@ def test_many_rows_are_walked_over_by_few_programs():
 
 
 def test_the_definition_is_that_of_torch_and_of_the_model(monkeypatch):
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     x, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 7), (7,), (7,)))
     check(N.ref_norm(x, w, None, 1e-5, False), F.rms_norm(x, (7,), w, 1e-5), 1e-12)
     check(N.ref_norm(x, w, b, 1e-5, True), F.layer_norm(x, (7,), w, b, 1e-5), 1e-12)

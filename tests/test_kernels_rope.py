@@ -45,7 +45,7 @@ def test_one_table_for_all_rows_and_in_place():
 
 
 def test_the_definition_is_the_rotation_of_the_model(monkeypatch):
-    monkeypatch.setenv("KERNELS", "torch")
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "torch")
     q, k = torch.randn(2, 4, 7, 12, dtype=torch.float64), torch.randn(2, 2, 7, 12, dtype=torch.float64)
     for dim in (12, 8):
         cos, sin = (t.cpu() for t in tables(7, dim, torch.float64, rows=2))

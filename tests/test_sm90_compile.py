@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install -r requirements-test.txt")
-KERNELS = {"attention": {"forward_kernel", "delta_kernel", "dkv_kernel", "dq_kernel"},
+KERNELS = {"attention": {"forward_kernel", "dkv_kernel", "dq_kernel"},
            "decode": {"part_kernel", "join_kernel"}, "head": {"row_kernel"},
            "norm": {"forward_kernel", "backward_kernel"}, "rope": {"rope_kernel"},
-           "glu": {"forward_kernel", "backward_kernel"}}
+           "glu": {"forward_kernel", "backward_kernel"}, "sample": {"sample_kernel"}, "gae": {"gae_kernel"},
+           "nf4": {"unpack_kernel"}}
 # Warpgroup products need 64 rows: fp32 ("ieee") has none, 16 queries of a decoding step are too few, and at head dim
 # 256 dK and dV fill the registers at 32 keys.
 NO_WGMMA = {"attention 256 plain dkv_kernel", "attention 256 everything dkv_kernel"}

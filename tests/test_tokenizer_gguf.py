@@ -116,6 +116,30 @@ def test_word_splitters_by_name(pre, tmp_path):
         assert ours.decode(ours.encode(text)) == text
 
 
+# How a family cuts, by hand. A dot stands for a blank, N for a newline.
+WORDS = {
+    "gpt-2": ("I'm 1234 a  b!!N/x", "I|'m|.1234|.a|.|.b|!!|N|/|x"),
+    "llama-bpe": ("I'm 1234 a  b!!N/x", "I|'m|.|123|4|.a|.|.b|!!N|/x"),
+    "qwen2": ("I'M 1234!!N/x", "I|'M|.|1|2|3|4|!!N|/x"),
+    "tekken": ("HTTPServer isOK I'm 12!!N/x", "HTTPServer|.is|OK|.I|'m|.|1|2|!!N/|x"),
+    "gpt-4o": ("HTTPServer isOK I'm 1234!!N/x", "HTTPServer|.is|OK|.I'm|.|123|4|!!N/|x"),
+    "bloom": ("Hi,you (a|b).N x12", "Hi|,|you|.(|a|||b|).N|.x12"),       # signs stay together
+    "viking": ("Hi,you x12", "Hi|,|you|.x|1|2"),
+    "falcon": ("a--b 12345 x+y", "a|--|b|.|123|45|.x|+|y"),
+    "starcoder": ("ab12 34", "ab|1|2|.|3|4"),
+    "deepseek-llm": ("Hi,you 12N x", "Hi|,|you|.|1|2|N|.x"),
+    "deepseek-coder": ("Hi!you 12N x", "Hi|!|you|.|1|2|N|.x"),
+    "deepseek-v3": ("Hi,you 1234!N x", "Hi|,you|.|123|4|!N|.x")}
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_worked_examples_of_splitters(pre):
+    text, expected = WORDS[pre]
+    core = tk.ByteBPE({}, lambda a, b: None, splits.GGUF_SPLITS[pre].splits)
+    words = core.words(text.replace("N", "\n"))
+    assert "|".join(words).replace("\u0120", ".").replace("\u010a", "N") == expected
+
+
 def test_files_without_a_splitter_tell_by_their_family(tmp_path):
     """Before April 2024 files named none: the architecture tells, and of LLaMA's kind the tokens."""
     assert splits.gguf_splitter("default", "gptneox", []).nfc and splits.gguf_splitter("default", "llama", []) == \

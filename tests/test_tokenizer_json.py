@@ -16,7 +16,8 @@ from data.tokenizer_files import proto_fields
 MORE = ["camelCase HTTPServer iPhone", "\u4f60\u597d,\u4e16\u754c!\u3002\u3001 ok", "a--b -- c...d", "1234567 12,345.6",
         "x\u0301\u0302 e\u0301", "  a", "a  ", "\u3000\u3000x", "<|user|>x", "# def\n\n\n  f(x)\r\n\t",
         "\u0639\u0631\u0628\u06d4\u060c \u0939\u093f\u0964",
-        "\u01c5 \u02b0 \u1d2c", "  \u4f60  \u597d  ", "don't DON'T we'LL", "$100 a+b=c ^~`|<>"]
+        "\u01c5 \u02b0 \u1d2c", "  \u4f60  \u597d  ", "see ./a/b//c\n/ !//\n/",
+        "don't DON'T we'LL", "$100 a+b=c ^~`|<>"]
 SAMPLES = TEXTS + MORE
 DEEPSEEK = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
             for p in splits.DEEPSEEK[:-1]] + [{"type": "Digits", "individual_digits": True}]
@@ -103,7 +104,7 @@ SPECS = {**{kind: (lambda kind=kind: byte_spec(kind)) for kind in BYTE_KINDS}, "
          **{kind: (lambda kind=kind: unigram_spec(kind)) for kind in ("unigram", "unigram bytes", "unigram first")},
          "normalized words": normalized_words_spec}
 OWN = [*SAMPLES, "  <x>", " <x>\n", "<x> a<x> <x>  <x>b two words two w",
-       "Caf\u00e9 \ufb01 \uff21\u2460 \u0410\u0301", "\u0000\u0007x\ufffdy \u2028z"]
+       "\uff21\u0301\u0302\u0303 x", "Caf\u00e9 \ufb01 \uff21\u2460 \u0410\u0301", "\u0000\u0007x\ufffdy \u2028z"]
 
 
 @pytest.fixture(scope="module", params=SPECS)

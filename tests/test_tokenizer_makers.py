@@ -377,3 +377,10 @@ def test_damaged_files_are_refused(kind, data, jieba, tmp_path_factory):
 
 
 WHOLE: dict[str, dict[str, bytes]] = {}
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json", "tekken.json"])
+def test_json_that_nests_too_deep(name, tmp_path):
+    (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(UserError, match=name):
+        tk.load_tokenizer(tmp_path)

@@ -230,8 +230,8 @@ def check_layers(files: dict, config: ModelConfig, family: readers.Family, sourc
             names = {layouts.strip(n, family.prefixes): n for n in source.entries}
             first = next(ours.split()[0] for ours in family.names.values() if ours.startswith(stack))
             first = layouts.their_name(first.replace("*", str(there)) + ".weight", family, names)
-            raise UserError(f"{source.path}: tensor {first} is missing: the config says {layers} layers, "
-                            f"{source.weights()} has {there}. {FIX}")
+            raise UserError(f"{source.path}: tensor {source.called(first)} is missing: the config says {layers} "
+                            f"layers, {source.weights()} has {there}. {FIX}")
 
 
 def settle_head(files: dict, config: ModelConfig, family: readers.Family) -> None:
@@ -261,13 +261,13 @@ def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Fami
     if missing := [n for n in wanted if n not in filled]:
         hint = f"; the file has {extra[0]} ({len(extra)} tensors without a place)" if extra else ""
         first = layouts.their_name(missing[0], family, as_there)
-        raise UserError(f"{where}: tensor {first} is missing ({len(missing)} of {len(wanted)} parameters) in "
-                        f"{source.weights()}{hint}. {FIX}")
+        raise UserError(f"{where}: tensor {source.called(first)} is missing ({len(missing)} of {len(wanted)} "
+                        f"parameters) in {source.weights()}{hint}. {FIX}")
     if extra:
         file = source.entries[extra[0]].file.name if extra[0] in source.entries else where
         raise UserError(f"{where}: tensor {extra[0]} of {file} has no place in this model ({len(extra)} such tensors): "
                         f"the config does not describe this file. {FIX}")
-    layouts.check(recipes, files, as_there, where)
+    layouts.check(recipes, files, {n: source.called(name) for n, name in as_there.items()}, where)
     for r in recipes:
         tensor, shown = files[r.file].read(), as_there.get(r.file, r.file)
         if tuple(tensor.shape) != r.shape:

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints import readers
+from checkpoints import layouts, readers
 from common import UserError
 
 # What a tensor is stored as, in the words of safetensors; GGUF adds its block formats (Q4_K ...).
@@ -52,11 +52,23 @@ class Source:
     config: dict
     entries: dict[str, Entry] = field(default_factory=dict)
     patches: list = field(default_factory=list)            # adapters and deltas, in order (checkpoints/adapters.py)
+    names: dict[str, str] = field(default_factory=dict)    # what the file calls them, where that is something else
 
     @property
     def config_file(self) -> Path:
         """What to name when the config is wrong: config.json, params.json, or a file that has everything in it."""
         return next((f for n in ("config.json", "params.json") if (f := self.path / n).exists()), self.path)
+
+    def called(self, name: str) -> str:
+        """For messages: model.layers.3.mlp.up_proj.weight (blk.3.ffn_up.weight in the file). What is missing is called
+        as its like in another layer."""
+        theirs = self.names.get(name, name)
+        if name not in self.names:
+            stem, number, suffix = layouts.split_name(name)
+            like = next((n for n in self.names if layouts.split_name(n)[::2] == (stem, suffix)), None)
+            if like is not None:
+                theirs = re.sub(rf"(?<=\.){layouts.split_name(like)[1]}(?=\.)", number, self.names[like], count=1)
+        return name if theirs == name else f"{name} ({theirs} in the file)"
 
     def weights(self) -> str:
         """What to name when a tensor is missing."""
@@ -339,7 +351,7 @@ def open_meta(folder: Path) -> Source:
     the same names and layout in consolidated.safetensors, whole or as an ordinary set of shards."""
     shards, files = meta_shards(folder)
     config = meta_config(folder, shards)
-    entries = {}
+    entries, names = {}, {}
     for name in sorted(set().union(*shards)):
         if name == "rope.freqs":
             continue
@@ -349,11 +361,12 @@ def open_meta(folder: Path) -> Source:
         axis = meta_axis(name, parts[0].shape, config["hidden_size"], len(shards))
         shape = joined_shape(folder, name, [p.shape for p in parts], axis)
         new, read = from_meta(name), joined([p.read for p in parts], axis)
+        names[new] = name
         entries[new] = Entry(shape, interleaved(folder, new, shape, read, config), parts[0].file, parts[0].kind)
     if "model.embed_tokens.weight" in entries:
         config["vocab_size"] = entries["model.embed_tokens.weight"].shape[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in entries
-    return Source(folder, config, entries)
+    return Source(folder, config, entries, names=names)
 
 
 def meta_shards(folder: Path) -> tuple[list[dict[str, Entry]], list[Path]]:

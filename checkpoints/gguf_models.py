@@ -389,12 +389,13 @@ def open_gguf(path: Path) -> formats.Source:
     for key in ("bos", "eos", "pad"):                        # transformers has ids of its own where a config says none
         value = h.meta.get({"pad": "tokenizer.ggml.padding_token_id"}.get(key, f"tokenizer.ggml.{key}_token_id"))
         config[f"{key}_token_id"] = value if isinstance(value, int) else None
-    entries = {}
+    entries, names = {}, {}
     for name, (file, shape, kind) in h.tensors.items():
         if name not in NOT_WEIGHTS:
-            entries |= translate(h, arch, name, formats.Entry(
+            found = translate(h, arch, name, formats.Entry(
                 shape, functools.partial(gguf.read_tensor, file, name), file, kind))
-    return formats.Source(path, config, entries)
+            entries, names = entries | found, names | dict.fromkeys(found, name)
+    return formats.Source(path, config, entries, names=names)
 
 
 def translate(h: Header, arch: Arch, name: str, entry: formats.Entry) -> dict[str, formats.Entry]:

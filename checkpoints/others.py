@@ -189,12 +189,13 @@ def open_blinkdl(path: Path) -> formats.Source:
     config = {"model_type": "rwkv", "vocab_size": V, "hidden_size": C, "num_hidden_layers": L,
               "attention_hidden_size": A, "intermediate_size": I, "layer_norm_epsilon": 1e-5,
               "context_length": int(length[1]) if length else 1024}
-    renamed = {}
+    renamed, names = {}, {}
     for name, entry in entries.items():
+        new = name
         for theirs, ours in BLINKDL.items():
-            name = re.sub(theirs, ours, name)
-        renamed[name] = entry
-    return formats.Source(path, config, renamed)
+            new = re.sub(theirs, ours, new)
+        renamed[new], names[new] = entry, name
+    return formats.Source(path, config, renamed, names=names)
 
 
 # ---------------------------------------------------------------- the way back

@@ -290,6 +290,16 @@ def test_meta_files_do_not_say_by_which_factor_they_scale(size, factor, tmp_path
     assert config["rope_scaling"]["factor"] == factor
 
 
+def test_a_tensor_that_metas_files_lack_is_called_as_there(tmp_path):
+    theirs, _ = twins(config := tiny_config(vocab_size=98))
+    write_meta(tmp_path / "meta", theirs, config, 1, 1, n_kv_heads=2)
+    state = torch.load(tmp_path / "meta" / "consolidated.00.pth")
+    del state["layers.1.feed_forward.w3.weight"]
+    torch.save(state, tmp_path / "meta" / "consolidated.00.pth")
+    with pytest.raises(UserError, match=r"\(layers\.1\.feed_forward\.w3\.weight in the file\) is missing .*consoli"):
+        checkpoints.load(tmp_path / "meta")
+
+
 def test_meta_files_with_a_gap_are_refused(tmp_path):
     theirs, _ = twins(config := tiny_config(vocab_size=98))
     write_meta(tmp_path / "meta", theirs, config, 2, 1, n_kv_heads=2)

@@ -537,6 +537,21 @@ def test_an_unknown_tensor_is_named(tmp_path):
         checkpoints.load(tmp_path / "m.gguf")
 
 
+def test_a_missing_tensor_and_a_wrong_shape_are_called_as_in_the_file(tmp_path):
+    theirs, _ = twins(config := tiny_config())
+    there = r"up_proj\.weight \(blk\.1\.ffn_up\.weight in the file\) is "
+    for change, words in ((lambda name, p: None, there + "missing"),
+                          (lambda name, p: torch.zeros(80, 47), there + r"\(80, 47\)")):
+        w = writer_for(tmp_path / "m.gguf", config)
+        for name, p in theirs.named_parameters():
+            p = change(name, p) if name == "model.layers.1.mlp.up_proj.weight" else p
+            if p is not None:
+                w.add_tensor(gguf_name(name), p.detach().numpy())
+        finish(w)
+        with pytest.raises(UserError, match=words):
+            checkpoints.load(tmp_path / "m.gguf")
+
+
 def test_a_shape_that_cannot_be_taken_back_is_named(tmp_path):
     write_other(tmp_path / "a.gguf", "falcon 40b", keep=lambda n: n != "blk.1.attn_qkv.weight")
     w = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "falcon")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import UserError
 from data.splits import GGUF_SPLITS, gguf_splitter
-from data.tokenizer import ByteBPE, CharBPE, Tokenizer
+from data.tokenizer import BYTE_TO_CHAR, ByteBPE, CharBPE, Tokenizer
 from data.tokenizer_files import NO_SETTINGS, build, json_files, scored
 from data.unigram import Unigram
 
@@ -26,6 +26,9 @@ def from_gguf(path: Path) -> Tokenizer | None:
         return None
     if kind not in READERS:
         raise UserError(f"{path}: a tokenizer of kind {kind!r} is not supported; known: {', '.join(READERS)}")
+    if kind == "gpt2" and "merges" not in meta and "tokens" in meta and not set(BYTE_TO_CHAR.values()) <= set(
+            map(str, meta["tokens"])):
+        return None                                            # placeholders: no text can be written with them
     if missing := [k for k in ("tokens", "scores" if kind in ("llama", "t5") else "merges") if k not in meta]:
         raise UserError(f"{path}: its tokenizer is incomplete: it lacks tokenizer.ggml.{missing[0]}")
     tokens, types = [str(t) for t in meta["tokens"]], [int(t) for t in meta.get("token_type", [])]
@@ -60,7 +63,7 @@ def read_gpt2(path: Path, meta: dict, tokens: list[str], types: list[int], unk: 
 
 
 def read_merges(meta: dict):
-    merges = [tuple(m.split(" ", 1)) for m in meta.get("merges", [])]         # the format cannot write an empty list
+    merges = [tuple(m.split(" ", 1)) for m in meta["merges"]]
     ranks = {m: i for i, m in enumerate(merges)}
     return merges, lambda a, b: ranks.get((a, b))
 

@@ -232,6 +232,7 @@ def draw(found: dict) -> str:
 def main(cfg: Config) -> bool:
     warnings.simplefilter("ignore")
     file = Path(cfg.out_dir) / "proof.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     result = {"parts": {}, "seconds": {}, "dates": {}}
     result |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     result |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} cores of {platform.machine()}"}

@@ -247,29 +247,45 @@ def activations(p: Plan) -> int:
     return shared + (L * tokens * c.hidden_size * s + layer if p.checkpointing else L * layer)
 
 
+@remember
 def watched(p: Plan) -> int:
-    """For the families with another block: a forward pass on the meta device, and what autograd keeps of it. An
+    """For the families with another block: forward passes on the meta device, and what autograd keeps of them. An
     encoder-decoder is taken at its largest, prompt and answer both as long as a row; full training in bf16 as if it
     were fp32."""
-    model = build(p.config, p.dtype if p.r else torch.float32)
+    L = p.config.num_layers
+    if not isinstance(p.config, rwkv.RWKVConfig):
+        total = kept_by(p, L, p.T)
+        return total if not p.checkpointing else total // L + kept_by(p, L, p.T, checkpointing=True)
+    total = recurrent(p)
+    if p.checkpointing:                                  # the inputs of all layers, and one layer computed again
+        total = total // L + recurrent(p, checkpointing=True)
+    k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
+    past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)         # the sums of one layer, computed again
+    return total + kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None), build(p.config))
+
+
+def recurrent(p: Plan, checkpointing: bool = False) -> int:
+    """RWKV takes thousands of small steps, but what it keeps is a sum over layers and tokens: two small models on two
+    short texts tell what a layer costs, and a layer's token."""
+    (a, b), (c, d) = ([kept_by(p, n, T, checkpointing) for T in (8, 16)] for n in (1, 2))
+    more_layers, more_tokens = p.config.num_layers - 1, (p.T - 8) / 8
+    return round(a + more_layers * (c - a) + more_tokens * ((b - a) + more_layers * ((d - c) - (b - a))))
+
+
+def kept_by(p: Plan, layers: int, T: int, checkpointing: bool = False) -> int:
+    """Bytes that autograd keeps of one forward pass of so many layers over T tokens."""
+    model = build(p.config if layers == p.config.num_layers else replace(p.config, num_layers=layers),
+                  p.dtype if p.r else torch.float32)
     if p.r:
         lora.apply(model, p.r, 2.0 * p.r, p.targets, p.stage)
-    ids = torch.zeros(p.batch, p.T, dtype=torch.int64, device="meta")
+    model.checkpointing = checkpointing
+    ids = torch.zeros(p.batch, T, dtype=torch.int64, device="meta")
     more = {"decoder_ids": ids} if getattr(model, "encoder_decoder", False) else {}
 
     def forward() -> None:
         with lora.use(model, p.stage if p.r else None):
             model.hidden(ids, **more)
-    total = kept(forward, model)
-    if p.checkpointing:                                  # the inputs of all layers, and one layer computed again
-        one_layer = total // p.config.num_layers
-        model.checkpointing = True
-        total = kept(forward, model) + one_layer
-    if isinstance(p.config, rwkv.RWKVConfig):            # the sums of one layer, computed again in backward
-        k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
-        past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)
-        total += kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None), model)
-    return total
+    return kept(forward, model)
 
 
 def kept(work: Callable[[], None], model: nn.Module) -> int:

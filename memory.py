@@ -252,30 +252,35 @@ def watched(p: Plan) -> int:
     """For the families with another block: forward passes on the meta device, and what autograd keeps of them. An
     encoder-decoder is taken at its largest, prompt and answer both as long as a row; full training in bf16 as if it
     were fp32."""
-    L = p.config.num_layers
-    if not isinstance(p.config, rwkv.RWKVConfig):
-        total = kept_by(p, L, p.T)
-        return total if not p.checkpointing else total // L + kept_by(p, L, p.T, checkpointing=True)
-    total = recurrent(p)
+    total = all_layers(p)
     if p.checkpointing:                                  # the inputs of all layers, and one layer computed again
-        total = total // L + recurrent(p, checkpointing=True)
-    k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
-    past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)         # the sums of one layer, computed again
-    return total + kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None), build(p.config))
+        total = total // p.config.num_layers + all_layers(p, checkpointing=True)
+    if isinstance(p.config, rwkv.RWKVConfig):            # the sums of one layer, computed again in backward
+        k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
+        past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)
+        total += kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None))
+    return total
 
 
-def recurrent(p: Plan, checkpointing: bool = False) -> int:
-    """RWKV takes thousands of small steps, but what it keeps is a sum over layers and tokens: two small models on two
-    short texts tell what a layer costs, and a layer's token."""
-    (a, b), (c, d) = ([kept_by(p, n, T, checkpointing) for T in (8, 16)] for n in (1, 2))
-    more_layers, more_tokens = p.config.num_layers - 1, (p.T - 8) / 8
-    return round(a + more_layers * (c - a) + more_tokens * ((b - a) + more_layers * ((d - c) - (b - a))))
+def all_layers(p: Plan, checkpointing: bool = False) -> int:
+    """Every layer behind the first keeps the same, so models of one and of two layers tell what many keep. RWKV's
+    tokens are alike too, and two short texts spare thousands of its small steps."""
+    stacks = [name for name in ("num_layers", "num_decoder_layers") if hasattr(p.config, name)]
+
+    def at(T: int) -> int:
+        one = kept_by(p, T, checkpointing, dict.fromkeys(stacks, 1))
+        two = {name: kept_by(p, T, checkpointing, dict.fromkeys(stacks, 1) | {name: 2}) for name in stacks}
+        return one + sum((getattr(p.config, name) - 1) * (two[name] - one) for name in stacks)
+
+    if not isinstance(p.config, rwkv.RWKVConfig):
+        return at(p.T)
+    short, longer = at(4), at(8)
+    return short + (longer - short) * (p.T - 4) // 4
 
 
-def kept_by(p: Plan, layers: int, T: int, checkpointing: bool = False) -> int:
+def kept_by(p: Plan, T: int, checkpointing: bool, layers: dict[str, int]) -> int:
     """Bytes that autograd keeps of one forward pass of so many layers over T tokens."""
-    model = build(p.config if layers == p.config.num_layers else replace(p.config, num_layers=layers),
-                  p.dtype if p.r else torch.float32)
+    model = build(replace(p.config, **layers), p.dtype if p.r else torch.float32)
     if p.r:
         lora.apply(model, p.r, 2.0 * p.r, p.targets, p.stage)
     model.checkpointing = checkpointing
@@ -285,12 +290,12 @@ def kept_by(p: Plan, layers: int, T: int, checkpointing: bool = False) -> int:
     def forward() -> None:
         with lora.use(model, p.stage if p.r else None):
             model.hidden(ids, **more)
-    return kept(forward, model)
+    return kept(forward, *model.parameters())
 
 
-def kept(work: Callable[[], None], model: nn.Module) -> int:
+def kept(work: Callable[[], None], *parameters: torch.Tensor) -> int:
     """Bytes that autograd keeps of work(), each storage counted once, parameters left out."""
-    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    own, seen = {p.untyped_storage()._cdata for p in parameters}, {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         if t.untyped_storage()._cdata not in own:

@@ -268,23 +268,25 @@ def all_layers(p: Plan, checkpointing: bool = False) -> int:
     stacks = [name for name in ("num_layers", "num_decoder_layers") if hasattr(p.config, name)]
 
     def at(T: int) -> int:
-        one = kept_by(p, T, checkpointing, dict.fromkeys(stacks, 1))
-        two = {name: kept_by(p, T, checkpointing, dict.fromkeys(stacks, 1) | {name: 2}) for name in stacks}
+        q = replace(p, length=T, checkpointing=checkpointing)
+        one = kept_by(q, dict.fromkeys(stacks, 1))
+        two = {name: kept_by(q, dict.fromkeys(stacks, 1) | {name: 2}) for name in stacks}
         return one + sum((getattr(p.config, name) - 1) * (two[name] - one) for name in stacks)
 
     if not isinstance(p.config, rwkv.RWKVConfig):
         return at(p.T)
-    short, longer = at(4), at(8)
-    return short + (longer - short) * (p.T - 4) // 4
+    short = at(2)
+    return short + (at(3) - short) * (p.T - 2)
 
 
-def kept_by(p: Plan, T: int, checkpointing: bool, layers: dict[str, int]) -> int:
-    """Bytes that autograd keeps of one forward pass of so many layers over T tokens."""
+@remember
+def kept_by(p: Plan, layers: dict[str, int]) -> int:
+    """Bytes that autograd keeps of one forward pass through so many layers."""
     model = build(replace(p.config, **layers), p.dtype if p.r else torch.float32)
     if p.r:
         lora.apply(model, p.r, 2.0 * p.r, p.targets, p.stage)
-    model.checkpointing = checkpointing
-    ids = torch.zeros(p.batch, T, dtype=torch.int64, device="meta")
+    model.checkpointing = p.checkpointing
+    ids = torch.zeros(p.batch, p.T, dtype=torch.int64, device="meta")
     more = {"decoder_ids": ids} if getattr(model, "encoder_decoder", False) else {}
 
     def forward() -> None:

@@ -4,8 +4,10 @@ transformers' default configs, which for many families are a published model's.
 import dataclasses
 
 import pytest
+from test_families import theirs_of
 
 import checkpoints
+import lora
 import memory
 from checkpoints import families, hub
 
@@ -118,3 +120,32 @@ def test_opt_350m_is_counted_as_it_is_loaded():
     V, narrow, C = 50272, 512, 1024
     rest = 331_196_416 - V * narrow - 2 * narrow * C - 2 * C
     assert memory.count(checkpoints.read_config("opt-350m")) == rest + 2 * V * C
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_family_of_a_name_is_that_of_its_files(kind):
+    transformers = pytest.importorskip("transformers")
+    raw = getattr(transformers, kind + "Config")().to_dict()
+    if kind != "Glm":                                      # glm-4-9b's own files have the first names
+        assert hub.family(DEFAULTS[kind][0]) == families.find(raw)[0]
+
+
+def test_every_name_has_a_family():
+    assert set(hub.FILES) == set(hub.GROUPS)
+    for name in hub.NAMES:
+        assert hub.family(name) in families.FAMILIES
+        assert checkpoints.our_linears(name, lora.ALL_LINEAR) == lora.ALL_LINEAR
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gptj", "phi3", "falcon 40b", "opt"])
+def test_targets_of_a_dry_run_are_those_of_the_run(name, tmp_path):
+    """Each linear's name in transformers' model: what a loaded file adapts, and what a bare config is told."""
+    theirs = theirs_of(name)
+    theirs.save_pretrained(tmp_path)
+    kinds = ("Linear", "Conv1D", "FalconLinear")
+    last = {path.rpartition(".")[2] for path, m in theirs.named_modules() if type(m).__name__ in kinds} - {"lm_head"}
+    for target in last:
+        model = checkpoints.load(tmp_path)[0]
+        lora.apply(model, 2, 4.0, (target,), "a")
+        adapted = {path.rpartition(".")[2] for path, _ in lora.layers(model, "a")}
+        assert adapted == set(checkpoints.our_linears(tmp_path, (target,))), target

@@ -268,7 +268,7 @@ def all_layers(p: Plan, checkpointing: bool = False) -> int:
     stacks = [name for name in ("num_layers", "num_decoder_layers") if hasattr(p.config, name)]
 
     def at(T: int) -> int:
-        q = replace(p, length=T, checkpointing=checkpointing)
+        q = replace(p, length=T, checkpointing=checkpointing, dtype=p.dtype if p.r else torch.float32)
         one = kept_by(q, dict.fromkeys(stacks, 1))
         two = {name: kept_by(q, dict.fromkeys(stacks, 1) | {name: 2}) for name in stacks}
         return one + sum((getattr(p.config, name) - 1) * (two[name] - one) for name in stacks)
@@ -282,7 +282,7 @@ def all_layers(p: Plan, checkpointing: bool = False) -> int:
 @remember
 def kept_by(p: Plan, layers: dict[str, int]) -> int:
     """Bytes that autograd keeps of one forward pass through so many layers."""
-    model = build(replace(p.config, **layers), p.dtype if p.r else torch.float32)
+    model = build(replace(p.config, **layers), p.dtype)
     if p.r:
         lora.apply(model, p.r, 2.0 * p.r, p.targets, p.stage)
     model.checkpointing = p.checkpointing

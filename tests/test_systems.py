@@ -25,7 +25,8 @@ from data.chat import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sft.py": sft, "reward.py": reward, "ppo.py": ppo}
-STATES = {"verified against reference": "已对照参考实现验证", "verified on a sample in its format": "已在其格式的样本上验证",
+STATES = {"verified against reference": "已对照参考实现验证",
+          "verified on a sample in its format": "已在其格式的样本上验证",
           "needs weights that were never public": "所需权重从未公开", "closed: nothing to load": "闭源: 无可加载"}
 OTHERS = {"test_t5.py": {"t5", "mt5"}, "test_rwkv.py": {"rwkv"}, "test_cpm.py": {"cpmant"}}
 
@@ -153,7 +154,7 @@ def init_of(command: str) -> str:
 # ---------------------------------------------------------------- command lines
 
 def chains() -> list[tuple[str, str, str]]:
-    """(command, name that its --init starts from, reward directory's base): a stage starts from an earlier one's model."""
+    """(system, command, public name that its --init goes back to): a stage starts from the model of an earlier one."""
     found = []
     for row in ROWS:
         made: dict[str, str] = {}                          # out_dir/model -> the public base it comes from

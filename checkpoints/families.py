@@ -388,7 +388,9 @@ CODEGEEX = table("transformer.layers.*.", NORMS | MEGATRON | {
 
 
 def top_layer(files: Entries, config: ModelConfig, raw: dict) -> None:
-    """The layer that asks has a name of its own in the file."""
+    """The layer that asks has a name of its own in the file. Megatron's settings do not count it; a config may."""
+    below = {n.split(".")[2] for n in files if n.startswith("transformer.layers.")}
+    config.num_layers -= len(below) == config.num_layers - 2
     for name in [n for n in files if n.startswith("transformer.topQueryLayer.")]:
         files[name.replace("topQueryLayer", f"layers.{config.num_layers - 1}")] = files.pop(name)
 

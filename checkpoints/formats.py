@@ -123,8 +123,9 @@ def open_file(path: Path) -> Source:
 
 def check_plain(source: Source) -> None:
     """Weights that GPTQ, AWQ, bitsandbytes or fp8 packed are no matrices: their names are there, their numbers not."""
-    if quantised := source.config.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    quantised, bits = source.config.get("quantization_config"), source.config.get("quantization_bit")
+    if quantised or bits:                                      # ChatGLM's own way has a number of bits
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised or f"int{bits}"
         raise UserError(f"{source.path}: its weights are packed by {str(method)[:40]!r}; of quantised files only GGUF "
                         "is read. Take the model's original weights, or a GGUF file of it")
 
@@ -138,7 +139,7 @@ def read_json(path: Path) -> dict:
     try:
         if (size := path.stat().st_size) > 1 << 28:
             raise UserError(f"{path} has {size} bytes: no config and no index is that long")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))    # an editor may have put a mark in front
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(data, dict):
@@ -232,6 +233,9 @@ def pickle_entries(file: Path) -> dict[str, Entry]:
             state = state[wrapper]
     if isinstance(state, dict) and all(isinstance(t, Tensor) for t in flat(state).values()):
         state = flat(state)
+    for prefix in ("module.", "_orig_mod."):                        # DDP's and torch.compile's, on every name
+        if isinstance(state, dict) and state and all(str(name).startswith(prefix) for name in state):
+            state = {str(name).removeprefix(prefix): t for name, t in state.items()}
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         kinds = sorted({type(v).__name__ for v in (state.values() if isinstance(state, dict) else [state])})
         raise UserError(f"{file} is no table of tensors; it holds {', '.join(kinds)}")

@@ -6,7 +6,7 @@ that undo the family's way to store them, or tests/reference.py. So it also read
 """
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import reference
@@ -356,6 +356,7 @@ CASES["codegeex"] = Case(
         "layernorm", "query", "key", "value", "dense", "_4h", "_to_h"),
     lambda state: lambda ids: reference.top_query(state, reference.CODEGEEX, L + 1, H, ids, reference.gelu_fast, True,
                                                   "language_model."), form="nested")
+CASES["codegeex counted"] = replace(CASES["codegeex"], raw=CASES["codegeex"].raw | {"num_layers": L + 1}, form="bin")
 
 # ---------------------------------------------------------------- GPT-2's relatives in the names of their day
 

@@ -247,34 +247,57 @@ def activations(p: Plan) -> int:
     return shared + (L * tokens * c.hidden_size * s + layer if p.checkpointing else L * layer)
 
 
+@remember
 def watched(p: Plan) -> int:
-    """For the families with another block: a forward pass on the meta device, and what autograd keeps of it. An
+    """For the families with another block: forward passes on the meta device, and what autograd keeps of them. An
     encoder-decoder is taken at its largest, prompt and answer both as long as a row; full training in bf16 as if it
     were fp32."""
-    model = build(p.config, p.dtype if p.r else torch.float32)
+    total = all_layers(p)
+    if p.checkpointing:                                  # the inputs of all layers, and one layer computed again
+        total = total // p.config.num_layers + all_layers(p, checkpointing=True)
+    if isinstance(p.config, rwkv.RWKVConfig):            # the sums of one layer, computed again in backward
+        k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
+        past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)
+        total += kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None))
+    return total
+
+
+def all_layers(p: Plan, checkpointing: bool = False) -> int:
+    """Every layer behind the first keeps the same, so models of one and of two layers tell what many keep. RWKV's
+    tokens are alike too, and two short texts spare thousands of its small steps."""
+    stacks = [name for name in ("num_layers", "num_decoder_layers") if hasattr(p.config, name)]
+
+    def at(T: int) -> int:
+        q = replace(p, length=T, checkpointing=checkpointing, dtype=p.dtype if p.r else torch.float32)
+        one = kept_by(q, dict.fromkeys(stacks, 1))
+        two = {name: kept_by(q, dict.fromkeys(stacks, 1) | {name: 2}) for name in stacks}
+        return one + sum((getattr(p.config, name) - 1) * (two[name] - one) for name in stacks)
+
+    if not isinstance(p.config, rwkv.RWKVConfig):
+        return at(p.T)
+    short = at(2)
+    return short + (at(3) - short) * (p.T - 2)
+
+
+@remember
+def kept_by(p: Plan, layers: dict[str, int]) -> int:
+    """Bytes that autograd keeps of one forward pass through so many layers."""
+    model = build(replace(p.config, **layers), p.dtype)
     if p.r:
         lora.apply(model, p.r, 2.0 * p.r, p.targets, p.stage)
+    model.checkpointing = p.checkpointing
     ids = torch.zeros(p.batch, p.T, dtype=torch.int64, device="meta")
     more = {"decoder_ids": ids} if getattr(model, "encoder_decoder", False) else {}
 
     def forward() -> None:
         with lora.use(model, p.stage if p.r else None):
             model.hidden(ids, **more)
-    total = kept(forward, model)
-    if p.checkpointing:                                  # the inputs of all layers, and one layer computed again
-        one_layer = total // p.config.num_layers
-        model.checkpointing = True
-        total = kept(forward, model) + one_layer
-    if isinstance(p.config, rwkv.RWKVConfig):            # the sums of one layer, computed again in backward
-        k = torch.zeros(p.batch, p.T, p.config.attention_size, device="meta", requires_grad=True)
-        past = rwkv.nothing((p.batch, k.shape[-1]), "meta", torch.float32)
-        total += kept(lambda: rwkv.wkv(k, k * 1, k[0, 0], k[0, 0], past, None), model)
-    return total
+    return kept(forward, *model.parameters())
 
 
-def kept(work: Callable[[], None], model: nn.Module) -> int:
+def kept(work: Callable[[], None], *parameters: torch.Tensor) -> int:
     """Bytes that autograd keeps of work(), each storage counted once, parameters left out."""
-    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    own, seen = {p.untyped_storage()._cdata for p in parameters}, {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         if t.untyped_storage()._cdata not in own:

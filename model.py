@@ -38,7 +38,7 @@ from kernels import attention as tiles
 from kernels import decode as split
 from kernels import glu, norm, rope
 from kernels.backend import use_triton
-from sampling import decode, left_pad
+from sampling import Cache, decode, left_pad
 
 
 @dataclass
@@ -298,25 +298,6 @@ def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tupl
 # ---------------------------------------------------------------- attention
 
 SHORT = 256      # queries up to which a CPU does better with plain matrix products than with the library's attention
-
-
-class Cache:
-    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D); their mask, ids (B, S)."""
-    def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype):
-        shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.docs, self.ids = (torch.zeros(batch, size, dtype=torch.int64, device=device) for _ in range(2))
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, K, T, D) behind the tokens seen so far and returns all of them (B, K, S + T, D)."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows only: a row that has ended must not cost anything any more."""
-        self.k, self.v, self.docs, self.ids = self.k[:, rows], self.v[:, rows], self.docs[rows], self.ids[rows]
 
 
 def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: Tensor, dtype: torch.dtype,

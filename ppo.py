@@ -175,7 +175,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         later = (delta + gamma * lam * later) * mask[:, t]
         advantages[:, t], next_value = later, values[:, t]
-    return advantages, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:

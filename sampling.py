@@ -3,6 +3,7 @@
     logits -> / temperature -> the top_k best -> the fewest whose probability reaches top_p -> one of them at random
 
 A model gives `decode` its first logits and two functions: the logits behind a new token, and which rows to go on with.
+`Cache` is where an attention keeps the keys and values of what it has read.
 
 Shapes:  B batch   V vocabulary   n new tokens
 """
@@ -47,6 +48,25 @@ def decode(logits: Tensor, step: Callable[[Tensor], Tensor], keep: Callable[[Ten
             rows, new, alive = rows[alive], new[alive], alive[alive]
         logits = step(new)
     return out
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, allocated once: k, v (layers, B, K, S, D); their mask, ids (B, S)."""
+    def __init__(self, config, batch: int, size: int, device, dtype):
+        shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.docs, self.ids = (torch.zeros(batch, size, dtype=torch.int64, device=device) for _ in range(2))
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, K, T, D) behind the tokens seen so far and returns all of them (B, K, S + T, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows only: a row that has ended must not cost anything any more."""
+        self.k, self.v, self.docs, self.ids = self.k[:, rows], self.v[:, rows], self.docs[rows], self.ids[rows]
 
 
 def left_pad(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

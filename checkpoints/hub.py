@@ -102,7 +102,12 @@ QWEN3S = {"0.6b": size(1024, 3072, 28, 16, 8, **QWEN3, tie_embeddings=True),
           "1.7b": size(2048, 6144, 28, 16, 8, **QWEN3, tie_embeddings=True),
           "4b": size(2560, 9728, 36, 32, 8, **QWEN3, tie_embeddings=True), "8b": size(4096, 12288, 36, 32, 8, **QWEN3),
           "14b": size(5120, 17408, 40, 40, 8, **QWEN3), "32b": size(5120, 25600, 64, 64, 8, **QWEN3)}
+QWEN1 = {"qkv_bias": True, "max_positions": 8192, "vocab_size": 151936}
+QWEN1S = {"1_8b": size(2048, 5504, 24, 16, **QWEN1), "7b": size(4096, 11008, 32, 32, **QWEN1),
+          "14b": size(5120, 13696, 40, 40, **{**QWEN1, "vocab_size": 152064})}
 QWEN: Names = {
+    **{f"qwen-{s}{kind}": (f"Qwen/Qwen-{s.upper()}{kind.title()}", shape) for s, shape in QWEN1S.items()
+       for kind in ("", "-chat")},
     **{f"qwen2.5-{s}{kind}": (f"Qwen/Qwen2.5-{s.upper()}{kind.title()}", shape)
        for s, shape in QWENS.items() for kind in KINDS},
     **{f"qwen3-{s}": (f"Qwen/Qwen3-{s.upper()}", shape) for s, shape in QWEN3S.items()},
@@ -186,7 +191,10 @@ OPT: Names = {f"opt-{s}": (f"facebook/opt-{s}", OPT_BLOCK | shape) for s, shape 
     # As loaded: the narrow embedding (512) multiplied out, in front and as a head.
     ("350m", gpt(1024, 24, 16, block="post", final_norm=False, tie_embeddings=False)),
     ("1.3b", gpt(2048, 24, 32)), ("2.7b", gpt(2560, 32, 32)), ("6.7b", gpt(4096, 32, 32)), ("13b", gpt(5120, 40, 40)),
-    ("30b", gpt(7168, 48, 56)), ("66b", gpt(9216, 64, 72)))}
+    ("30b", gpt(7168, 48, 56)), ("66b", gpt(9216, 64, 72)))} | {
+    f"galactica-{s}": (f"facebook/galactica-{s}", OPT_BLOCK | shape | {"activation": "gelu", "vocab_size": 50000})
+    for s, shape in (("125m", gpt(768, 12, 12)), ("1.3b", gpt(2048, 24, 32)), ("6.7b", gpt(4096, 32, 32)),
+                     ("30b", gpt(7168, 48, 56)), ("120b", gpt(10240, 96, 80)))}
 
 # ---------------------------------------------------------------- GPT-NeoX, BLOOM, MPT, Falcon
 
@@ -400,7 +408,7 @@ CONFIGS = {"RWKV-4": RWKVConfig, "T5": T5Config, "CPM-Ant": CPMConfig}         #
 # The families (families.FAMILIES) of each group's files, and the names that begin with one of the words after it.
 FILES: dict[str, dict[str, str]] = {
     "LLaMA": {"llama": ""}, "SmolLM": {"llama": "", "smollm3": "smollm3"}, "Mistral": {"mistral": ""},
-    "Qwen": {"qwen2": "", "qwen3": "qwen3"},
+    "Qwen": {"qwen2": "", "qwen": "qwen-", "qwen3": "qwen3"},
     "Yi, Baichuan, InternLM ..": {"llama": "", "baichuan": "baichuan-", "baichuan2": "baichuan2", "internlm":
                                   "internlm-", "internlm2": "internlm2"},
     "GPT-1, GPT-2": {"gpt2": "", "openai-gpt": "openai"},

@@ -135,6 +135,7 @@ def main(cfg: Config) -> bool:
                                                             band(runs[name], "#c0392b", "switched")],
                            "updates", WORLDS[cfg.on][1]) for name in names]
     out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
     common.atomic_write(out / "ablate.json", json.dumps({"on": cfg.on, "steps": cfg.steps, "runs": runs}) + "\n")
     common.atomic_write(out / "ablate.md", "\n".join(lines) + "\n")
     common.atomic_write(out / "ablate.svg", figure.grid(panels, 3, f"{cfg.on}: one detail at a time"))

@@ -378,6 +378,7 @@ def table(result: dict) -> str:
 
 def main(cfg: Config) -> bool:
     out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
     if not cfg.draw:
         began, workers = time.perf_counter(), min(cfg.workers or os.cpu_count() or 1, len(cfg.seeds))
         runs = []

@@ -58,11 +58,11 @@ LAYOUTS = {"separate models": {"lora_r": 0, "lr": 1e-3, "value_lr": 1e-3},
            "adapters on one base": {"lora_r": 8, "lr": 3e-3, "value_lr": 3e-3}}
 
 
-def optimum(seed: int, beta: float, layout: str, steps: int = 30) -> dict:
+def optimum(seed: int, beta: float, layout: str, steps: int = 60) -> dict:
     """The exact regret along one run; at the start the ratio is 1 and the KL 0."""
     torch.set_num_threads(1)
     cfg = tree.config(seed=seed, kl_coef=beta, steps=steps, **LAYOUTS[layout])
-    history = tree.train(tree.build(cfg), cfg, every=2)
+    history = tree.train(tree.build(cfg), cfg, every=4)
     return {"seed": seed, "beta": beta, "layout": layout, "first_gap": history[0]["val/first_ratio_gap"],
             "first_kl": history[0]["val/largest_kl"], "kl": history[-1]["exact/kl"],
             "regret": [[row["step"], row["exact/regret"]] for row in history if "exact/regret" in row]}
@@ -232,6 +232,7 @@ def draw(found: dict) -> str:
 def main(cfg: Config) -> bool:
     warnings.simplefilter("ignore")
     file = Path(cfg.out_dir) / "proof.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     result = {"parts": {}, "seconds": {}, "dates": {}}
     result |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     result |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} cores of {platform.machine()}"}

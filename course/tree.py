@@ -104,7 +104,7 @@ def network(seed: int, width: int = 64) -> Transformer:
                 p.mul_(math.sqrt(width) * quiet)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.mul_(quiet[:, None])
-        model.lm_head.weight.mul_(4 * (quiet < 1))
+        model.lm_head.weight.mul_(2 * (quiet < 1))
     return model
 
 

@@ -45,6 +45,7 @@ class Config:
     batch_size: int = 64               # answers per update
     out_dir: str = str(RESULTS)
     only: tuple[str, ...] = ()         # bugs; empty: all
+    curves: bool = True                # false: only what catches which, in half of the time
     resume: bool = False               # keep the bugs that zoo.json holds already
     draw: bool = False                 # only draw again what zoo.json holds
 
@@ -148,18 +149,21 @@ def measure(cfg: Config, file: Path) -> dict:
         old = json.loads(file.read_text(encoding="utf-8"))
         if all(old[key] == value for key, value in settings.items()):
             result = old
-    for name, item in bugs.BUGS.items():
-        if name in result["bugs"] or (cfg.only and name not in cfg.only):
-            continue
-        changes = SETTINGS.get(name, {})
-        key = f"{item.stage} {json.dumps(changes)}"
-        if key not in result["sound"]:
-            result["sound"][key] = curves(cfg, item.stage, changes, None)
-        result["bugs"][name] = {"stage": item.stage, "sound": key, "caught": judge(name),
-                                "curves": curves(cfg, item.stage, changes, name)}
-        common.atomic_write(file, json.dumps(result) + "\n")
-        print(f"{name:24} {last(result['bugs'][name], item.stage):>28}   {', '.join(result['bugs'][name]['caught'])}",
-              flush=True)
+    wanted = [item for item in bugs.BUGS.values() if not cfg.only or item.name in cfg.only]
+    for item in wanted:                                                        # the table first: it is the proof
+        if item.name not in result["bugs"]:
+            key = f"{item.stage} {json.dumps(SETTINGS.get(item.name, {}))}"
+            result["bugs"][item.name] = {"stage": item.stage, "sound": key, "caught": judge(item.name), "curves": []}
+            common.atomic_write(file, json.dumps(result) + "\n")
+            print(f"{item.name:24} {', '.join(result['bugs'][item.name]['caught'])}", flush=True)
+    for item in wanted if cfg.curves else ():
+        entry, changes = result["bugs"][item.name], SETTINGS.get(item.name, {})
+        if not entry["curves"]:
+            if entry["sound"] not in result["sound"]:
+                result["sound"][entry["sound"]] = curves(cfg, item.stage, changes, None)
+            entry["curves"] = curves(cfg, item.stage, changes, item.name)
+            common.atomic_write(file, json.dumps(result) + "\n")
+            print(f"{item.name:24} {last(entry, item.stage)}", flush=True)
     return result
 
 
@@ -167,7 +171,7 @@ def measure(cfg: Config, file: Path) -> dict:
 
 def last(entry: dict, stage: str) -> str:
     ends = [c[SHOWN[stage]][-1][1] if SHOWN[stage] in c else None for c in entry["curves"]]
-    return " / ".join("crash" if x is None else f"{x:.3f}" for x in ends)
+    return "not run" if not ends else " / ".join("crash" if x is None else f"{x:.3f}" for x in ends)
 
 
 def seen(entry: dict, sound: list[dict], stage: str) -> bool:
@@ -188,11 +192,11 @@ def table(result: dict) -> str:
              "sound runs.", "", "| bug | caught by | stage | figure at the end | sound | curve |",
              "|---|---|---|---|---|---|"]
     for name, entry in result["bugs"].items():
-        sound = result["sound"][entry["sound"]]
+        sound = result["sound"].get(entry["sound"], [])
+        shows = "" if not entry["curves"] else "shows it" if seen(entry, sound, entry["stage"]) else "looks sound"
         lines.append(f"| `{name}` | {', '.join(entry['caught']) or '**nothing**'} | {entry['stage']} "
                      f"{SHOWN[entry['stage']].split('/')[-1]} | {last(entry, entry['stage'])} | "
-                     f"{last({'curves': sound}, entry['stage'])} | "
-                     f"{'shows it' if seen(entry, sound, entry['stage']) else 'looks sound'} |")
+                     f"{last({'curves': sound}, entry['stage'])} | {shows} |")
     lines += ["", "| bug | diagnosis | 诊断 |", "|---|---|---|"]
     lines += [f"| `{name}` | {item.en} | {item.zh} |" for name, item in bugs.BUGS.items()]
     return "\n".join(lines) + "\n"
@@ -202,6 +206,8 @@ def draw(result: dict) -> str:
     """Small multiples: each bug's seeds over the band of the sound runs."""
     panels = []
     for name, entry in result["bugs"].items():
+        if not entry["curves"]:
+            continue
         what = SHOWN[entry["stage"]]
         sound = [c[what] for c in result["sound"][entry["sound"]]]
         band = [(x, min(ys), statistics.median(ys), max(ys))
@@ -216,13 +222,15 @@ def draw(result: dict) -> str:
 def main(cfg: Config) -> bool:
     warnings.simplefilter("ignore")
     out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
     if not cfg.draw:
         measure(cfg, out / "zoo.json")
     result = json.loads((out / "zoo.json").read_text(encoding="utf-8"))
     common.atomic_write(out / "zoo.md", table(result))
-    common.atomic_write(out / "zoo.svg", draw(result))
+    drawn = any(entry["curves"] for entry in result["bugs"].values())
+    common.atomic_write(out / "zoo.svg", draw(result) if drawn else "")
     free = [name for name, entry in result["bugs"].items() if not entry["caught"]]
-    hidden = sum(not seen(e, result["sound"][e["sound"]], e["stage"]) for e in result["bugs"].values())
+    hidden = sum(not seen(e, result["sound"][e["sound"]], e["stage"]) for e in result["bugs"].values() if e["curves"])
     return common.gate("zoo", [("every bug is caught", not free, f"{len(result['bugs']) - len(free)} of "
                                 f"{len(result['bugs'])}" + (f", free: {', '.join(free)}" if free else "")),
                                ("bugs that no curve shows", True, str(hidden))])

@@ -4,8 +4,10 @@ transformers' default configs, which for many families are a published model's.
 import dataclasses
 
 import pytest
+from test_families import theirs_of
 
 import checkpoints
+import lora
 import memory
 from checkpoints import families, hub
 
@@ -19,7 +21,8 @@ PUBLISHED = {
     "gpt-j-6b": 6_053_381_344, "codegen-350m": 356_712_448, "codegen-2b": 2.78e9, "codegen-6b": 7.07e9,
     "codegen-16b": 16.03e9, "moss-moon-003-base": 16.7e9,
     "opt-125m": 125_239_296, "opt-1.3b": 1_315_758_080, "opt-2.7b": 2_651_596_800, "opt-6.7b": 6_658_473_984,
-    "opt-13b": 12_853_473_280, "opt-30b": 29_974_540_288, "opt-66b": 65.7e9,
+    "opt-13b": 12_853_473_280, "opt-30b": 29_974_540_288, "opt-66b": 65.7e9, "galactica-125m": 125e6,
+    "galactica-6.7b": 6.7e9, "galactica-30b": 30e9,
     "santacoder": 1_124_886_528, "starcoder": 15_517_456_384, "starcoderbase-1b": 1.14e9,
     "starcoderbase-3b": 3.04e9, "starcoderbase-7b": 7.3e9, "starcoder2-3b": 3_030_371_328,
     "starcoder2-7b": 7_173_923_840, "starcoder2-15b": 15_957_889_024,
@@ -42,7 +45,8 @@ PUBLISHED = {
     "nanochat-d32": 1_879_048_192,
     "open-llama-3b": 3_426_473_600, "llama-65b": 65.2e9, "llama-3.3-70b-instruct": 70_553_706_496,
     "smollm3-3b": 3_075_098_624, "mistral-7b-v0.1": 7_241_732_096, "mistral-nemo": 12_247_782_400,
-    "mistral-small-24b": 23_572_403_200, "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352,
+    "mistral-small-24b": 23_572_403_200, "qwen-1_8b": 1_836_828_672,
+    "qwen-7b": 7_721_324_544, "qwen-14b": 14_167_290_880, "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648, "qwen3-0.6b": 596_049_920, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
     "yi-34b": 34_388_917_248, "baichuan-7b": 7_000_559_616, "baichuan-13b": 13_264_901_120,
@@ -116,3 +120,32 @@ def test_opt_350m_is_counted_as_it_is_loaded():
     V, narrow, C = 50272, 512, 1024
     rest = 331_196_416 - V * narrow - 2 * narrow * C - 2 * C
     assert memory.count(checkpoints.read_config("opt-350m")) == rest + 2 * V * C
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_family_of_a_name_is_that_of_its_files(kind):
+    transformers = pytest.importorskip("transformers")
+    raw = getattr(transformers, kind + "Config")().to_dict()
+    if kind != "Glm":                                      # glm-4-9b's own files have the first names
+        assert hub.family(DEFAULTS[kind][0]) == families.find(raw)[0]
+
+
+def test_every_name_has_a_family():
+    assert set(hub.FILES) == set(hub.GROUPS)
+    for name in hub.NAMES:
+        assert hub.family(name) in families.FAMILIES
+        assert checkpoints.our_linears(name, lora.ALL_LINEAR) == lora.ALL_LINEAR
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gptj", "phi3", "falcon 40b", "opt"])
+def test_targets_of_a_dry_run_are_those_of_the_run(name, tmp_path):
+    """Each linear's name in transformers' model: what a loaded file adapts, and what a bare config is told."""
+    theirs = theirs_of(name)
+    theirs.save_pretrained(tmp_path)
+    kinds = ("Linear", "Conv1D", "FalconLinear")
+    last = {path.rpartition(".")[2] for path, m in theirs.named_modules() if type(m).__name__ in kinds} - {"lm_head"}
+    for target in last:
+        model = checkpoints.load(tmp_path)[0]
+        lora.apply(model, 2, 4.0, (target,), "a")
+        adapted = {path.rpartition(".")[2] for path, _ in lora.layers(model, "a")}
+        assert adapted == set(checkpoints.our_linears(tmp_path, (target,))), target

@@ -11,6 +11,8 @@ import common
 import lora
 import memory
 from model import ModelConfig, Transformer
+from rwkv import RWKVConfig
+from t5 import T5Config
 
 LLAMA2_7B = ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32)
 MISTRAL_7B = dataclasses.replace(LLAMA2_7B, intermediate_size=14336, num_kv_heads=8)
@@ -318,3 +320,15 @@ def test_free_memory_is_that_of_this_machine():
     if free is None:
         pytest.skip("this system has no /proc/meminfo")
     assert 1e8 < free[1] < 1e13
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("r", [0, 4])
+@pytest.mark.parametrize("kind", ["rwkv", "t5"])
+def test_few_layers_and_tokens_tell_what_many_keep(kind, r, checkpointing):
+    """The sum over layers (and RWKV's tokens) is, byte for byte, what a pass through all of them keeps."""
+    layers = {"num_layers": 5} if kind == "rwkv" else {"num_layers": 5, "num_decoder_layers": 3}
+    config = RWKVConfig(97, 48, **layers) if kind == "rwkv" else T5Config(
+        97, 48, intermediate_size=80, num_heads=4, head_dim=12, **layers)
+    plan = memory.Plan(config, "sft", 2, 50, lora_r=r, checkpointing=checkpointing)
+    assert memory.all_layers(plan, checkpointing) == memory.kept_by(plan, layers)

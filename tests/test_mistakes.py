@@ -220,9 +220,9 @@ MISTAKES = {
     "the residual not times sqrt(2 L)": Mistake("chatglm-6b", {"residual_from_norm": 1.0}),
     "the last layer asks as all others": Mistake("codegeex", model=lambda m: setattr(m.config, "top_query", "")),
     "the final norm behind the layer that asks": Mistake("pangu port", {"top_query": "before"}),
-    "the residual multiplier lost": Mistake("granite", family={"prepare": None}),
-    "the logits' multiplier lost": Mistake("cohere", family={"prepare": None}),
-    "the constants of MiniCPM lost": Mistake("minicpm", family={"prepare": None}),
+    "the residual multiplier lost": Mistake("granite", family={"factor": None}),
+    "the logits' multiplier lost": Mistake("cohere", family={"factor": None}),
+    "the constants of MiniCPM lost": Mistake("minicpm", family={"factor": None}),
     "eps 1e-5 for 1e-6": Mistake("small embeddings", {"norm_eps": 1e-5}),
 }
 

@@ -27,17 +27,15 @@ One integer `mask` (B, T) says everything about padding and packing:
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention as tiles
-from kernels import decode as split
 from kernels import glu, norm, rope
 from kernels.backend import use_triton
+from kernels.bounds import Bounds, bounds
 from sampling import Cache, decode, left_pad
 
 
@@ -323,30 +321,12 @@ def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: T
     return (bias - slopes * distance[:, None].clamp(min=0)).to(dtype)
 
 
-class Bounds(NamedTuple):
-    """attention_bias without its (T, S) numbers, for the kernels: which keys a query sees, and ALiBi's slopes (H,)."""
-    spans: tiles.Spans
-    slopes: Tensor | None
-
-
-def attention_bounds(config: ModelConfig, docs: Tensor, queries: int, context: Tensor | None = None,
-                     window: int | None = None) -> Bounds:
-    slopes = None
-    if config.positions == "alibi":
-        slopes = alibi_slopes(config.num_heads, config.alibi_max).to(docs.device)
-    return Bounds(tiles.spans(docs.shape[1], queries, docs, window=window, context=context), slopes)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Bounds | None, scale: float | None = None,
            softcap: float | None = None) -> Tensor:
     """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real."""
     B, H, T, D = q.shape
     if isinstance(bias, Bounds):
-        q, options = q.to(v.dtype), (bias.slopes, softcap or 0.0, scale)
-        if T == 1 and not torch.is_grad_enabled():
-            lo, hi = (x[:, 0].expand(B).contiguous() for x in bias.spans[:2])
-            return split.decode(q[:, :, 0], k, v, lo, hi, *options)[:, :, None]
-        return tiles.attention(q, k.to(v.dtype), v, bias.spans, *options)
+        return bias.attend(q, k, v, scale, softcap)
     K, G, scale = k.shape[1], H // k.shape[1], scale or 1 / math.sqrt(D)
     if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu") or softcap):
         # Attention as on paper, with the G heads that share a key head folded into the rows of one matrix: no key is
@@ -540,7 +520,8 @@ class Transformer(nn.Module):
                                                        earliest=config.positions == "learned_2d")
         def limits(window: int | None = None) -> Tensor | Bounds:
             if use_triton(self.embed_tokens.weight) and config.head_dim <= 256 and not config.alibi_rounded:
-                return attention_bounds(config, docs, T, context, window)
+                slopes = alibi_slopes(config.num_heads, config.alibi_max) if config.positions == "alibi" else None
+                return bounds(docs, T, slopes, context, window)
             return attention_bias(config, docs, T, positions, dtype, context, window)
 
         full = None if plain else limits()

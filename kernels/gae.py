@@ -19,21 +19,9 @@ import torch
 from torch import Tensor
 
 from kernels.backend import power_of_two, tl, triton, use_triton
+from ppo import gae as ref_gae  # the definition stands where it is read
 
 BLOCK = 2048
-
-
-def ref_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
-            lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """(B, R) each, mask 1 = the policy chose this token -> advantages, returns (B, R). V is 0 after the end."""
-    values, mask = values * mask, mask.to(rewards.dtype)
-    advantages = torch.zeros_like(rewards)
-    later = next_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        later = (delta + gamma * lam * later) * mask[:, t]
-        advantages[:, t], next_value = later, values[:, t]
-    return advantages, (advantages + values) * mask
 
 
 @triton.jit

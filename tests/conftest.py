@@ -136,3 +136,16 @@ def byte_tokenizer(folder: Path) -> None:
                 "chat_template": CHATML}
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def edit_saved(folder: Path, tensors=None, drop: tuple = (), **config) -> None:
+    """A saved model with other tensors (None: without them) and another config."""
+    from safetensors.torch import load_file, save_file
+    state = load_file(folder / "model.safetensors")
+    for name, value in (tensors or {}).items():
+        state.pop(name, None)
+        if value is not None:
+            state[name] = value
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}), encoding="utf-8")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, byte_tokenizer, error, random_ids
-from safetensors.torch import load_file, save_file
+from conftest import assert_close, byte_tokenizer, edit_saved, error, random_ids
 from test_memory import peak_bytes
 from test_scripts import TINY, figure, run, write_rows
 from torch import Tensor, nn
@@ -362,17 +361,6 @@ def test_adapters_are_pefts(tmp_path):
             assert error(live, model(ids)) > 0.01
 
 
-def edit(folder: Path, tensors=None, **config) -> None:
-    state = load_file(folder / "model.safetensors")
-    for name, value in (tensors or {}).items():
-        state.pop(name, None)
-        if value is not None:
-            state[name] = value
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")) | config
-    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-
-
 @pytest.mark.parametrize("change, says", [
     ({"tensors": {"rwkv.blocks.1.attention.time_decay": None}}, "rwkv.blocks.1.attention.time_decay is missing"),
     ({"tensors": {"rwkv.blocks.2.ln2.bias": torch.zeros(47)}}, r"rwkv.blocks.2.ln2.bias is \(47,\), the config asks"),
@@ -385,7 +373,7 @@ def edit(folder: Path, tensors=None, **config) -> None:
     ({"hidden_size": None}, "lacks 'hidden_size'")])
 def test_bad_files_are_named(tmp_path, change, says):
     theirs(tmp_path)
-    edit(tmp_path, **change)
+    edit_saved(tmp_path, **change)
     with pytest.raises(UserError, match=says) as caught:
         checkpoints.load(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, byte_tokenizer, error, random_ids
-from safetensors.torch import load_file, save_file
+from conftest import assert_close, byte_tokenizer, edit_saved, error, random_ids
+from safetensors.torch import load_file
 from test_memory import peak_bytes
 from test_scripts import TINY, figure, run, write_rows
 from torch import Tensor
@@ -162,17 +162,6 @@ def test_what_the_file_holds_decides_about_the_head(tmp_path, kind, own_head):
         assert_close(ours(ids, decoder_ids=answer), ask(reference, ids, None, answer), 2e-5)
 
 
-def edit(folder: Path, tensors=None, drop: tuple = (), **config) -> None:
-    state = load_file(folder / "model.safetensors")
-    for name, value in (tensors or {}).items():
-        state.pop(name, None)
-        if value is not None:
-            state[name] = value
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")) | config
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}), encoding="utf-8")
-
-
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1", "mt5"])
 def test_configs_of_2022_and_files_with_copies(tmp_path, kind):
     """Published files: no scale_decoder_outputs, tie_word_embeddings false in v1.1 and mT5; the embedding three times;
@@ -182,7 +171,7 @@ def test_configs_of_2022_and_files_with_copies(tmp_path, kind):
     name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     drop = ("scale_decoder_outputs", "num_decoder_layers", "is_gated_act") + (        # each kind has its own default
         ("feed_forward_proj",) if kind != "v1.1" else ())
-    edit(tmp_path, {"encoder.embed_tokens.weight": shared.clone(), "decoder.embed_tokens.weight": shared.clone(),
+    edit_saved(tmp_path, {"encoder.embed_tokens.weight": shared.clone(), "decoder.embed_tokens.weight": shared.clone(),
                     name: torch.ones(8, 4)}, drop,
          tie_word_embeddings=kind == "v1.0")
     ours, _ = checkpoints.load(tmp_path)
@@ -334,7 +323,7 @@ LAYER = "decoder.block.1.layer.1.EncDecAttention"
     ({"model_type": "umt5"}, "umt5")])
 def test_bad_files_are_named(tmp_path, change, says):
     theirs(tmp_path)
-    edit(tmp_path, **change)
+    edit_saved(tmp_path, **change)
     with pytest.raises(UserError, match=says) as caught:
         checkpoints.load(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -22,13 +22,6 @@ def test_the_scan_is_the_loop(R, block, monkeypatch):
         check(a, b, 1e-6, name)
 
 
-def test_the_definition_is_that_of_ppo():
-    import ppo
-    rewards, values, mask = data(5, 37)
-    for a, b in zip(G.ref_gae(rewards, values, mask, 0.97, 0.9), ppo.gae(rewards, values, mask, 0.97, 0.9)):
-        assert torch.equal(a, b)
-
-
 def test_the_example_of_the_docstring():
     rewards, values, mask = (torch.tensor([row], device=DEVICE) for row in ([0.0, 0, 1], [0.5, 0.6, 0.7], [1, 1, 1]))
     advantages, returns = G.gae(rewards, values, mask, 1.0, 0.9)

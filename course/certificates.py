@@ -7,6 +7,7 @@ seconds and also judge the bug zoo (course/bugs.py): a certificate that no bug c
     python course/certificates.py              # all of FAST, with their figures
 """
 import contextlib
+import dataclasses
 import itertools
 import math
 import sys
@@ -303,11 +304,16 @@ def start() -> Figures:
 
 
 def roles() -> Figures:
-    """Roles do not touch each other: the policy's loss gives gradient to the policy alone, the value's to the value;
-    merging for a rollout and a visit to another role leave every bit; updates leave the reference as it was."""
+    """Roles do not touch each other: the policy's loss gives gradient to the policy alone, the value's to the value; one
+    forward pass for all four gives what four give; merging for a rollout and a visit to another role leave every bit;
+    updates leave the reference as it was."""
     cfg = tree.config(lora_r=8, batch_size=16, micro_batch=16, steps=4, lr=1e-2, value_lr=1e-2, merge=True)
     four = moved(tree.build(cfg, learned=True, lessons=10))
     r = ppo.score(four, tree.everything(), cfg, tree.WORLD)
+    once = ppo.score(four, tree.everything(), dataclasses.replace(cfg, one_pass=True), tree.WORLD)
+    apart = max(below(f"{name} in one pass and in four", float((getattr(once, name) - getattr(r, name)).abs().max()),
+                      1e-5) for name in ("logp", "ref_logp", "entropy", "values", "scores"))
+    assert float((r.logp - r.ref_logp).abs().max()) > 0.1, "policy and reference are equal: nothing was tested"
     own = {role: {id(p) for _, p in four.trainable(role)} for role in ("policy", "value")}
     everybody = [*four.policy.parameters(), *four.reward.head.parameters(), *four.value.head.parameters()]
     for role in own:
@@ -330,7 +336,7 @@ def roles() -> Figures:
     for step in range(2):
         ppo.improve(four, learner, [{"ids": p} for p in tree.PROMPTS * 4], tree.TOKENIZER, cfg, tree.WORLD, step)
     assert ppo.fingerprint(four.reference) == before, "the reference has moved"
-    return {"tensors of the policy": len(own["policy"]), "of the value": len(own["value"])}
+    return {"tensors of the policy": len(own["policy"]), "of the value": len(own["value"]), "one pass": apart}
 
 
 def sampling() -> Figures:

@@ -415,8 +415,9 @@ def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout
         ids, mask, response = cut(r, rows)
         with autocast(world, roles.adapter is None):
             h = roles.hidden_of_all(ids, mask) if cfg.one_pass else {}
-            logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, cfg.temperature, True, h.get("policy"))
-            ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, cfg.temperature, h=h.get("reference"))
+            T, own, other = cfg.temperature, h.get("policy"), h.get("reference")
+            logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, T, entropy=True, h=own)
+            ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, T, h=other)
             values = response_values(roles, ids, mask, response, h.get("value"))
             scores = roles.judge(ids, mask, response, h.get("reward"))
         r.scores[rows] = scores.to(like.dtype)
@@ -602,8 +603,7 @@ def main(cfg: Config) -> bool:
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
     if full and cfg.one_pass:
-        raise common.UserError("--one_pass needs the four roles on one base, and --lora_r 0 makes four models: drop one "
-                               "of the two")
+        raise common.UserError("--one_pass needs the four roles on one base, --lora_r 0 makes four models: drop one")
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch,
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,

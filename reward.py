@@ -91,8 +91,8 @@ class RewardModel(nn.Module):
         self.head.bias.requires_grad_(False)                   # differences do not see it: it is set by normalize
 
     def values(self, ids: Tensor, mask: Tensor | None = None, h: Tensor | None = None) -> Tensor:
-        """A number after every token: (B, T) ids -> (B, T) fp32. PPO's value function is this, trained. h (B, T, C): the
-        hidden states of this role, where another forward pass has made them already."""
+        """A number after every token: (B, T) ids -> (B, T) fp32. PPO's value function is this, trained. h (B, T, C):
+        this role's hidden states, where another forward pass has made them already."""
         if h is None:
             with lora.use(self.model, self.adapter):
                 h = self.model.hidden(ids, mask)

@@ -313,7 +313,8 @@ def start() -> Figures:
         learner, batch = ppo.start(roles, cfg, tree.WORLD), [{"ids": tree.PROMPTS[i % 4]} for i in range(48)]
         rows = ppo.score(roles, tree.everything(), cfg, tree.WORLD)
         below("difference of policy and reference", float((rows.logp - rows.ref_logp).abs().max()), 0.0)
-        below("V behind the end", float((rows.values * (1 - rows.response)).abs().max()), 0.0)
+        for what in ("logp", "ref_logp", "entropy", "values"):
+            below(f"{what} behind the end", float((getattr(rows, what) * (1 - rows.response)).abs().max()), 0.0)
         V = roles.value.values(rows.ids, rows.mask)
         last = torch.tensor([max(i for i, m in enumerate(row) if m) for row in rows.mask.tolist()])
         below("V at the end - score", float((V.gather(1, last[:, None]).squeeze(1) - rows.scores).detach().abs().max()),

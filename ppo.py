@@ -64,6 +64,7 @@ class Config:
     temperature: float = 1.0           # of the sampler, and of every log-probability: they must be one distribution
     missing_eos: float | None = -1.0   # score of an answer that did not end by itself; none: judge it as it is
     merge: bool = False                # sample with the adapter merged in: faster, but bf16 rounds W + BA
+    graph: bool = False                # sample in steps of one shape, on a GPU from a CUDA graph: the same text
     # --- reward and KL ---
     kl_coef: float = 0.05              # beta: the price of a nat away from the reference
     kl_target: float | None = None     # nats per answer: beta then adapts to hold this KL (6 in Ziegler et al. 2019)
@@ -192,8 +193,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
                 n_tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (PPO eq. 7, with the sign of a loss), mean over the tokens under the mask. The max takes
     the pessimist's side: a good action gains nothing beyond ratio 1 + clip, a bad one nothing below 1 - clip.
-    n_tokens: the count of the whole minibatch when this is one micro-batch of several; stats are means over the
-    same."""
+    n_tokens: the count of the whole minibatch when this is one micro-batch of several, and that of the stats."""
     n = mask.sum() if n_tokens is None else n_tokens
     ratio = torch.exp((logp - old_logp) * mask)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -336,7 +336,7 @@ def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, gene
     sampler: list[Tensor] = []
     with how(roles.policy, roles.adapter):
         new = roles.policy.generate(ids, cfg.response_len, mask, cfg.temperature, eos_ids=tokenizer.eos_ids,
-                                    generator=generator, pad_id=tokenizer.pad_id, logprobs=sampler)
+                                    generator=generator, pad_id=tokenizer.pad_id, logprobs=sampler, graph=cfg.graph)
     response = response_mask(new, tokenizer.eos_ids)
     ended = torch.isin(new, torch.tensor(sorted(tokenizer.eos_ids), device=device)).any(1)
     return Rollout(torch.cat((ids, new), 1), torch.cat((mask, response), 1), response, ended, torch.stack(sampler, 1))

@@ -11,6 +11,9 @@ are three adapters over the same frozen weights, and the reference model is the 
     lora.apply(model, r=16, alpha=32, name="policy")
     with lora.use(model, "policy"):  logits = model(ids)       # policy
     with lora.use(model, None):      logits = model(ids)       # reference, exactly the weights that were loaded
+    with lora.use(model, "policy", None):  model(ids)          # half of the rows each, one product with the base
+
+The layer itself is kernels/lora.py: forward and backward by hand, the base product once whatever the rows wear.
 
 The base may be bf16 while A and B stay fp32: they are what the optimiser moves. Files are PEFT's, in and out.
 """
@@ -28,14 +31,16 @@ from torch import Tensor, nn
 
 from checkpoints import live
 from common import UserError
+from kernels.lora import Adapter, lora_linear
 
 LARGEST = 10**9                            # weights of which `packed` makes a copy
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Switch:
-    """Which adapter is on: one object, shared by all linears of a model."""
-    active: str | None = None
+    """Which adapter is on: one object, shared by all linears of a model. Several names: each for its part of the
+    rows."""
+    active: tuple[str | None, ...] = (None,)
 
 
 class LoRALinear(nn.Linear):
@@ -68,16 +73,12 @@ class LoRALinear(nn.Linear):
             y = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), both, bias, "none", [], "")
             y, h = y.split((self.out_features, B.shape[0]), dim=-1)
             return torch.addmm(y, h, B, alpha=scale).view(*x.shape[:-1], self.out_features)
-        y = F.linear(x, self.weight, self.bias)
-        name = self.switch.active
-        if self.merged is not None and name != self.merged:
-            raise RuntimeError(f"adapter {self.merged!r} is merged, {name!r} was asked for: unmerge first")
-        if name is None or name not in self.scale or self.merged == name:
-            return y
-        A, B = self.lora_A[name].to(y.dtype), self.lora_B[name].to(y.dtype)
-        h = F.linear(x.to(y.dtype), A)                                # (..., r)
-        # One fused product instead of "multiply, scale, add": y + scale * h B^T.
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scale[name]).view_as(y)
+        names, n = self.switch.active, len(x) // len(self.switch.active)              # n rows of the batch for each
+        if self.merged is not None and set(names) != {self.merged}:
+            raise RuntimeError(f"adapter {self.merged!r} is merged, {names} was asked for: unmerge first")
+        adapters = [Adapter(self.lora_A[name], self.lora_B[name], self.scale[name], slice(i * n, (i + 1) * n))
+                    for i, name in enumerate(names) if name in self.scale and name != self.merged]
+        return lora_linear(x, self.weight, self.bias, adapters) if adapters else F.linear(x, self.weight, self.bias)
 
 
 # ---------------------------------------------------------------- put on, choose, train
@@ -131,7 +132,7 @@ def attach(model: nn.Module, name: str, sizes: dict[str, tuple[int, float]]) -> 
         module.add(name, r, scale)
 
     def recompute_context():            # gradient checkpointing runs a layer again in backward, after `use` has ended:
-        return contextlib.nullcontext(), use(model, switch.active)             # it must see the adapter its forward saw
+        return contextlib.nullcontext(), use(model, *switch.active)            # it must see the adapter its forward saw
 
     model.recompute_context = recompute_context
 
@@ -144,12 +145,14 @@ def check(model: nn.Module, name: str) -> None:
 
 
 @contextlib.contextmanager
-def use(model: nn.Module, name: str | None):
-    """Within the block the model computes with adapter `name`, or as the bare base with None."""
+def use(model: nn.Module, *names: str | None):
+    """Within the block the model computes with adapter `name`, or as the bare base with None. With several names each
+    has its equal share of the batch's rows: use(m, "policy", None) of 8 rows is policy for 4, base for 4."""
     switch = next((m.switch for _, m in layers(model)), Switch())
-    if name is not None:
-        check(model, name)
-    before, switch.active = switch.active, name
+    for name in names:
+        if name is not None:
+            check(model, name)
+    before, switch.active = switch.active, names
     try:
         yield model
     finally:

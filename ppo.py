@@ -75,6 +75,7 @@ class Config:
     ppo_epochs: int = 4                # passes over each rollout
     minibatches: int = 1               # optimiser steps per pass
     micro_batch: int = 16              # answers per forward: lower it when memory runs out, the gradient stays the same
+    one_pass: bool = False             # all roles score in one forward; the first ratio is then 1 but for rounding
     lr: float = 1e-4                   # of the policy; LoRA. Full fine-tuning 1e-6 .. 1e-5
     value_lr: float = 1e-4             # of the value; Adam ignores the loss's scale, so this replaces the usual vf_coef
     value_warmup: int = 0              # updates in which only the value learns
@@ -226,14 +227,25 @@ class Roles:
     value: RewardModel
     adapter: str | None                # the policy's adapter; None: policy is a model of its own
 
-    def judge(self, ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
+    def judge(self, ids: Tensor, mask: Tensor, response: Tensor, h: Tensor | None = None) -> Tensor:
         learned = isinstance(self.reward, RewardModel)
-        return self.reward(ids, mask) if learned else self.reward(ids, mask, response)
+        return self.reward(ids, mask, h) if learned else self.reward(ids, mask, response)
 
     def hidden(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
         model = self.policy if role == "policy" else self.reference
         with lora.use(model, self.adapter if role == "policy" else None):
             return model.hidden(ids, mask)
+
+    def hidden_of_all(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """{role: (B, T, C)} of all that live on the policy's base, from one forward pass: a copy of the rows for each,
+        each copy under its own adapter, and every product with the base once."""
+        adapters = {"policy": self.adapter, "reference": None}
+        adapters |= {role: judge.adapter for role, judge in (("value", self.value), ("reward", self.reward))
+                     if isinstance(judge, RewardModel) and judge.model is self.policy}
+        n = len(adapters)
+        with lora.use(self.policy, *adapters.values()):
+            h = self.policy.hidden(ids.repeat(n, 1), mask.repeat(n, 1))
+        return dict(zip(adapters, h.chunk(n)))
 
     def head(self, role: str) -> torch.nn.Module:
         return (self.policy if role == "policy" else self.reference).lm_head
@@ -343,11 +355,12 @@ def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, gene
 
 
 def policy_logprobs(roles: Roles, role: str, ids: Tensor, mask: Tensor, response: Tensor, temperature: float,
-                    entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+                    entropy: bool = False, h: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(B, R) log-probabilities of the response tokens; the head runs only where there is one. This one function gives
     old, new and reference log-probabilities: were they computed in different ways, the first ratio would not be 1."""
     R, keep = response.shape[1], response == 1
-    h = roles.hidden(role, ids, mask)[:, -R - 1:-1][keep]                      # (N, C), one to the left of the tokens
+    h = roles.hidden(role, ids, mask) if h is None else h                      # (B, P + R, C)
+    h = h[:, -R - 1:-1][keep]                                                  # (N, C), one to the left of the tokens
     logp, H = head_logprobs(roles.head(role), h, ids[:, -R:][keep], temperature, entropy)
     logp = logp.new_zeros(response.shape).masked_scatter(keep, logp)
     return logp, torch.zeros_like(logp).masked_scatter(keep, H) if entropy else None
@@ -367,10 +380,10 @@ def head_logprobs(head: torch.nn.Module, h: Tensor, targets: Tensor, temperature
     return logp, -(log_p.exp() * log_p).sum(-1)
 
 
-def response_values(roles: Roles, ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
+def response_values(roles: Roles, ids: Tensor, mask: Tensor, response: Tensor, h: Tensor | None = None) -> Tensor:
     """(B, R): V of the state before each response token. Read at the token itself, V would know the action it
     judges."""
-    return roles.value.values(ids, mask)[:, -response.shape[1] - 1:-1] * response
+    return roles.value.values(ids, mask, h)[:, -response.shape[1] - 1:-1] * response
 
 
 def plan(r: Rollout, order: Tensor, cfg: Config) -> list[list[Tensor]]:
@@ -392,8 +405,8 @@ def cut(r: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
-    """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal
-    rounding."""
+    """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal rounding
+    (with one_pass all but the rounding)."""
     like = widen(roles.policy.norm.weight)
     for name in ("logp", "entropy", "ref_logp", "values"):
         setattr(r, name, like.new_zeros(r.response.shape))
@@ -401,9 +414,12 @@ def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout
     for rows in (rows.to(r.ids.device) for minibatch in plan(r, torch.arange(len(r.ids)), cfg) for rows in minibatch):
         ids, mask, response = cut(r, rows)
         with autocast(world, roles.adapter is None):
-            logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, cfg.temperature, entropy=True)
-            ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, cfg.temperature)
-            values, scores = response_values(roles, ids, mask, response), roles.judge(ids, mask, response)
+            h = roles.hidden_of_all(ids, mask) if cfg.one_pass else {}
+            T, own, other = cfg.temperature, h.get("policy"), h.get("reference")
+            logp, entropy = policy_logprobs(roles, "policy", ids, mask, response, T, entropy=True, h=own)
+            ref_logp, _ = policy_logprobs(roles, "reference", ids, mask, response, T, h=other)
+            values = response_values(roles, ids, mask, response, h.get("value"))
+            scores = roles.judge(ids, mask, response, h.get("reward"))
         r.scores[rows] = scores.to(like.dtype)
         for to, x in ((r.logp, logp), (r.entropy, entropy), (r.ref_logp, ref_logp), (r.values, values)):
             to[rows, :x.shape[1]] = x
@@ -586,6 +602,8 @@ def main(cfg: Config) -> bool:
     chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
+    if full and cfg.one_pass:
+        raise common.UserError("--one_pass needs the four roles on one base, --lora_r 0 makes four models: drop one")
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch,
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,

@@ -90,18 +90,19 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.head.bias.requires_grad_(False)                   # differences do not see it: it is set by normalize
 
-    def values(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """A number after every token: (B, T) ids -> (B, T) fp32. PPO's value function is this, trained."""
-        with lora.use(self.model, self.adapter):
-            h = self.model.hidden(ids, mask)
+    def values(self, ids: Tensor, mask: Tensor | None = None, h: Tensor | None = None) -> Tensor:
+        """A number after every token: (B, T) ids -> (B, T) fp32. PPO's value function is this, trained. h (B, T, C):
+        this role's hidden states, where another forward pass has made them already."""
+        if h is None:
+            with lora.use(self.model, self.adapter):
+                h = self.model.hidden(ids, mask)
         return self.head(h.to(self.head.weight.dtype)).squeeze(-1)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, h: Tensor | None = None) -> Tensor:
         """(B, T) ids, mask 1 = real -> (B,) the value at the last real token, wherever the padding is."""
         mask = torch.ones_like(ids) if mask is None else mask
-        right_padded = bool((mask[:, 1:] <= mask[:,
-                                                 :-1]).all())          # then no token can see a pad, no mask is needed
-        values = self.values(ids, None if right_padded else mask)
+        right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())       # then no token can see a pad, no mask is needed
+        values = self.values(ids, None if right_padded else mask, h)
         return values.gather(1, last_real(mask)[:, None]).squeeze(1)
 
     @torch.no_grad()

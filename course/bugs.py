@@ -146,7 +146,7 @@ def missing_end_ignored() -> Patches:
      "曲线与正常几乎一样，只是方差异常：价值从填充处自举。只有测试能发现：结束之后 V 必须为 0，无论在 gae 里还是在"
      "它的输入里。")
 def value_through_padding() -> Patches:
-    def response_values(roles, ids, mask, response):
+    def response_values(roles, ids, mask, response, h=None):
         return roles.value.values(ids, mask)[:, -response.shape[1] - 1:-1]
 
     def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -164,7 +164,7 @@ def value_through_padding() -> Patches:
      "解释方差好得出奇，策略却学得太少：V 已经看到动作，优势无法判断动作好坏。检查 response_values 的切片：V 要在"
      "词元左边一格读取。")
 def value_sees_the_action() -> Patches:
-    def response_values(roles, ids, mask, response):
+    def response_values(roles, ids, mask, response, h=None):
         return roles.value.values(ids, mask)[:, -response.shape[1]:] * response
     return {(ppo, "response_values"): response_values}
 

@@ -7,6 +7,7 @@ seconds and also judge the bug zoo (course/bugs.py): a certificate that no bug c
     python course/certificates.py              # all of FAST, with their figures
 """
 import contextlib
+import dataclasses
 import itertools
 import math
 import sys
@@ -149,28 +150,43 @@ def per_token(roles: ppo.Roles, role: str, T: float) -> Tensor:
 # ---------------------------------------------------------------- KL
 
 def kl_estimators() -> Figures:
-    """Over all outcomes of a random pair of distributions: k1 and k3 average to KL(policy || reference); as a number in
-    the reward only k1 has its gradient; as a loss k1 has none at all, k2 = k1^2 / 2 the right one, k3 another."""
+    """Over all outcomes of a random pair of distributions, samples from the policy itself and from one 5 % away: the
+    mean of each estimator, and how far its gradient is from that of KL(policy || reference). On policy k1 and k3
+    average to KL; in the reward only k1 has its gradient; as a loss k1 has none, k2 = k1^2 / 2 the right one, k3
+    another. Off policy k1's is arbitrary, k2's a little off, and a ratio in front mends k2 and k3."""
     theta = noise(4, 8).requires_grad_()
-    ref = noise(4, 8, seed=1).log_softmax(1)
+    ref = (noise(4, 8) + 0.5 * noise(4, 8, seed=1)).log_softmax(1)
     logp = theta.log_softmax(1)
     p = logp.exp().detach()
     true_kl = (logp.exp() * (logp - ref)).sum()
     exact = torch.autograd.grad(true_kl, theta, retain_graph=True)[0]
     kinds = {"k1": lambda x: ppo.kl(x, ref, "k1"), "k2": lambda x: (x - ref) ** 2 / 2,
              "k3": lambda x: ppo.kl(x, ref, "k3")}
+
+    def error(x: Tensor) -> float:
+        g = torch.autograd.grad(x, theta, retain_graph=True, allow_unused=True)[0]
+        return distance(torch.zeros_like(theta) if g is None else g, exact)
+
     figures = {}
     for name, kind in kinds.items():
         loss = (p * kind(logp)).sum()                                  # samples are given: no gradient through p
-        inside = (p * kind(logp).detach() * logp).sum()                # score function: what a reward does
-        for how, x in (("loss", loss), ("reward", inside)):
-            g = torch.autograd.grad(x, theta, retain_graph=True, allow_unused=True)[0]
-            figures[f"{name} in the {how}"] = distance(torch.zeros_like(theta) if g is None else g, exact)
+        figures[f"{name} in the loss"] = error(loss)
+        figures[f"{name} in the reward"] = error((p * kind(logp).detach() * logp).sum())       # the score function
         if name != "k2":
             below(f"mean of {name}", abs(float((loss / true_kl).detach()) - 1), 1e-10)
-    for name, zero in (("k1 in the reward", 0.0), ("k2 in the loss", 0.0), ("k1 in the loss", 1.0)):
-        below(f"gradient error of {name}", abs(figures[name] - zero), 1e-9)
-    assert figures["k3 in the reward"] > 0.2 and figures["k3 in the loss"] > 0.1, figures
+    away = noise(4, 8, seed=2)
+    ratio = 1 + 0.05 * (away - (p * away).sum(1, keepdim=True))        # old / new of each outcome; old sums to 1
+    old = p * ratio
+    for name, kind in kinds.items():
+        figures[f"{name} in the loss, 5 % off"] = error((old * kind(logp)).sum())
+    weight = logp.exp() / old                                          # new / old, with its gradient
+    figures["k3 times the ratio, 5 % off"] = error((old * weight * kinds["k3"](logp)).sum())
+    figures["k2 times the ratio, 5 % off"] = error((old * weight.detach() * kinds["k2"](logp)).sum())
+    for name, value in (("k1 in the reward", 0), ("k2 in the loss", 0), ("k1 in the loss", 1),
+                        ("k3 times the ratio, 5 % off", 0), ("k2 times the ratio, 5 % off", 0)):
+        below(f"gradient error of {name}", abs(figures[name] - value), 1e-9)
+    assert min(x for name, x in figures.items() if name.startswith("k3 in the")) > 0.1, figures
+    assert 0.001 < figures["k2 in the loss, 5 % off"] < 0.2 and figures["k1 in the loss, 5 % off"] > 0.5, figures
     assert float(ppo.kl(logp, ref, "k3").detach().min()) >= 0
     return figures
 
@@ -304,10 +320,15 @@ def start() -> Figures:
 
 def roles() -> Figures:
     """Roles do not touch each other: the policy's loss gives gradient to the policy alone, the value's to the value;
-    merging for a rollout and a visit to another role leave every bit; updates leave the reference as it was."""
+    one forward pass for all four gives what four give; merging for a rollout and a visit to another role leave every
+    bit; updates leave the reference as it was."""
     cfg = tree.config(lora_r=8, batch_size=16, micro_batch=16, steps=4, lr=1e-2, value_lr=1e-2, merge=True)
     four = moved(tree.build(cfg, learned=True, lessons=10))
     r = ppo.score(four, tree.everything(), cfg, tree.WORLD)
+    once = ppo.score(four, tree.everything(), dataclasses.replace(cfg, one_pass=True), tree.WORLD)
+    apart = max(below(f"{name} in one pass and in four", float((getattr(once, name) - getattr(r, name)).abs().max()),
+                      1e-5) for name in ("logp", "ref_logp", "entropy", "values", "scores"))
+    assert float((r.logp - r.ref_logp).abs().max()) > 0.1, "policy and reference are equal: nothing was tested"
     own = {role: {id(p) for _, p in four.trainable(role)} for role in ("policy", "value")}
     everybody = [*four.policy.parameters(), *four.reward.head.parameters(), *four.value.head.parameters()]
     for role in own:
@@ -330,7 +351,7 @@ def roles() -> Figures:
     for step in range(2):
         ppo.improve(four, learner, [{"ids": p} for p in tree.PROMPTS * 4], tree.TOKENIZER, cfg, tree.WORLD, step)
     assert ppo.fingerprint(four.reference) == before, "the reference has moved"
-    return {"tensors of the policy": len(own["policy"]), "of the value": len(own["value"])}
+    return {"tensors of the policy": len(own["policy"]), "of the value": len(own["value"]), "one pass": apart}
 
 
 def sampling() -> Figures:

@@ -302,11 +302,13 @@ def test_p41_policy_statistics_by_hand():
     (-0.1, -1, 0.405, +0.9, False), (-0.5, -1, 0.320, 0.0, True)])
 def test_p32_value_loss_in_all_quadrants(value, ret, loss, slope, clipped):
     """(P32) Old value 0, clip 0.2. Towards a return of 1: at 0.1 half of 0.9^2; at 0.5 half of (0.2 - 1)^2 and no
-    gradient: it has moved enough. Away from it, at -0.5, half of 1.5^2: the way back is never cut off."""
-    values = torch.tensor([[value]], requires_grad=True)
-    found, stats = ppo.value_loss(values, torch.zeros(1, 1), torch.tensor([[float(ret)]]), torch.ones(1, 1), 0.2)
+    gradient: it has moved enough. Away from it, at -0.5, half of 1.5^2: the way back is never cut off. Twice the same
+    token and one of padding: means over two."""
+    values, mask = torch.tensor([[value, value, 9.0]], requires_grad=True), torch.tensor([[1, 1, 0]])
+    found, stats = ppo.value_loss(values, torch.zeros(1, 3), torch.full((1, 3), float(ret)), mask, 0.2)
     found.backward()
-    assert found.item() == pytest.approx(loss, abs=1e-6) and values.grad.item() == pytest.approx(slope, abs=1e-6)
+    assert found.item() == pytest.approx(loss, abs=1e-6)
+    assert values.grad[0].tolist() == pytest.approx([slope / 2, slope / 2, 0.0], abs=1e-6)
     assert stats["clipfrac"].item() == float(clipped)
     assert stats["error"].item() == pytest.approx((value - ret) ** 2, abs=1e-6)
 

@@ -167,12 +167,23 @@ def test_full_parameter_ppo_with_separate_models_runs_and_learns(trained, place)
 
 
 def test_a_reward_model_of_another_base_keeps_its_own(trained, place):
-    """On the policy's base its adapter would judge with weights it was not trained with, and nobody would notice."""
+    """On the policy's base its adapter would judge with weights it was not trained with, and nobody would notice. Also
+    when the roles score in one pass: three then share it."""
     run("reward.py", "--init", place / "base", "--data", place / "pairs.jsonl", "--out_dir", place / "reward_other",
         "--steps", 2, *REWARD, code=AnyCode())
     out = run("ppo.py", "--init", place / "sft/model", "--reward", place / "reward_other/model", "--data",
               place / "prompts.jsonl", "--out_dir", place / "ppo_other", "--steps", 1, *PPO, code=AnyCode())
     assert "keeps a base of its own" in out and "GATE ppo" in out
+    run("ppo.py", "--init", place / "sft/model", "--reward", place / "reward_other/model", "--data",
+        place / "prompts.jsonl", "--out_dir", place / "ppo_once", "--steps", 1, "--one_pass", *PPO, code=AnyCode())
+    for name in ("objective/scores", "objective/kl", "objective/entropy", "val/explained_variance", "loss/policy_avg"):
+        once, four = (figure(place / folder, name, 0) for folder in ("ppo_once", "ppo_other"))
+        assert once == pytest.approx(four, abs=1e-4), name
+
+
+def test_one_pass_is_for_one_base(trained, place):
+    out = run("ppo.py", "--init", place / "sft/model", "--lora_r", 0, "--one_pass", "--dry_run", code=1)
+    assert "--one_pass needs the four roles on one base" in out
 
 
 # ---------------------------------------------------------------- they go on

@@ -167,8 +167,8 @@ def find(name: str | Path) -> Path:
     path, raw = checkpoints.resolve(name), {}
     for file in (path / "config.json", path / "adapter_config.json"):
         raw |= checkpoints.formats.read_json(file) if file.exists() else {}
-    if "stage" in raw:
-        return find(path / "model")
+    if "stage" in raw:                                   # over a base in four bits the adapter is all there is
+        return find(next((p for p in map(path.joinpath, ("model", "adapter", "policy")) if p.exists()), path / "model"))
     if checkpoints.is_classifier(raw) or raw.get("task_type") == "SEQ_CLS" or (path / "reward.json").exists():
         raise UserError(f"{name}: this is a reward model; it judges and does not write")
     return path

@@ -20,7 +20,6 @@ Indices, P = prompt tokens (padded on the left), R = response tokens:
     torchrun --nproc_per_node 8 ppo.py --init DIR --reward DIR --data FILE
 """
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -39,9 +38,10 @@ import reward as reward_stage
 from data import batch as data_batch
 from data import chat, formats
 from kernels.head import linear_logprobs
+from lora import fingerprint
 from model import Transformer, linear_head
 from reward import RewardModel
-from sft import autocast, widen
+from sft import autocast, check_quant, keep_apart, widen
 
 
 @dataclass
@@ -92,6 +92,7 @@ class Config:
     lora_r: int = 16                   # rank of the policy's adapter; 0: train whole, separate models
     lora_alpha: float = 32.0           # the correction is scaled by alpha / r
     lora_targets: tuple[str, ...] = lora.ALL_LINEAR
+    quant: str = ""                    # nf4: the frozen linears in four bits (QLoRA), a quarter of the memory of bf16
     # --- run ---
     seed: int = 0
     device: str = "auto"               # auto | cpu | cuda | mps
@@ -263,7 +264,8 @@ def one_base(cfg: Config, model: Transformer, world: common.World) -> Roles:
     policy with B = 0: at the first step it is the reference bit for bit, and V at the end token is the score."""
     path = Path(cfg.reward)
     shared = reward_stage.same_base(path, cfg.init)
-    reward = reward_stage.load(path, base=model if shared else None, device=world.device, dtype=world.dtype)
+    reward = reward_stage.load(path, base=model if shared else None, device=world.device, dtype=world.dtype,
+                               quant=cfg.quant)
     common.seed_all(cfg.seed)
     lora.apply(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, "policy")
     if shared:
@@ -306,15 +308,6 @@ def freeze(reward: RewardModel) -> None:
     reward.head.requires_grad_(False)
     for _, p in lora.parameters(reward.model, reward.adapter) if reward.adapter else reward.model.named_parameters():
         p.requires_grad_(False)
-
-
-def fingerprint(model: Transformer) -> str:
-    """Of the frozen base: equal before and after training, or the reference has moved."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if "lora_" not in name:
-            digest.update(p.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- rollout and score
@@ -602,16 +595,17 @@ def main(cfg: Config) -> bool:
     chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
+    check_quant(cfg)
     if full and cfg.one_pass:
         raise common.UserError("--one_pass needs the four roles on one base, --lora_r 0 makes four models: drop one")
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch,
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
-                                           lora_r=cfg.lora_r, dtype=world.dtype,
+                                           lora_r=cfg.lora_r, dtype=world.dtype, quant=cfg.quant,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
                                            checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge))
         return True
-    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
+    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     chat.use_format(tokenizer, cfg.template)
     roles = separate(cfg, model, world) if full else one_base(cfg, model, world)
     roles.policy.checkpointing = roles.value.model.checkpointing = cfg.checkpointing
@@ -695,11 +689,13 @@ def main(cfg: Config) -> bool:
 
 
 def export(roles: Roles, tokenizer, cfg: Config, out: Path) -> None:
-    """policy/ and value/ as adapters, model/ as a model that other tools load."""
+    """policy/ and value/ as adapters, and unless the base is in four bits model/, a model that other tools load."""
     base = str(checkpoints.resolve(cfg.init))
     if roles.adapter:
         lora.save(roles.policy, "policy", out / "policy", base=base)
         reward_stage.save(roles.value, tokenizer, out / "value", base)
+        if cfg.quant:
+            return keep_apart(tokenizer, out / "policy", cfg.init)
         lora.merge(roles.policy, "policy", keep_original=False)
         lora.strip(roles.policy)
     checkpoints.save(roles.policy, tokenizer, out / "model")

@@ -37,6 +37,8 @@ import memory
 import reward as reward_stage
 from data import batch as data_batch
 from data import chat, formats
+from kernels import gae as kernel_gae
+from kernels.backend import use_triton
 from kernels.head import linear_logprobs
 from lora import fingerprint
 from model import Transformer, linear_head
@@ -441,7 +443,8 @@ def credit(r: Rollout, cfg: Config, coef: float) -> tuple[Tensor, Tensor, Tensor
     rewards = token_rewards(scores, kls, r.response, coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, r.response, shift_mean=False)
-    advantages, returns = gae(rewards, r.values, r.response, cfg.gamma, cfg.lam)
+    backwards = kernel_gae.gae if use_triton(rewards) else gae   # a loop over tokens launches thousands of kernels
+    advantages, returns = backwards(rewards, r.values, r.response, cfg.gamma, cfg.lam)
     if cfg.whiten:
         advantages = whiten(advantages, r.response)            # after the returns: V must learn real rewards
     return scores, kls, advantages, returns

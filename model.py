@@ -510,7 +510,7 @@ class Transformer(nn.Module):
             cache.docs[:, new], cache.ids[:, new] = docs, ids
             docs, ids = cache.docs[:, :new.stop], cache.ids[:, :new.stop]
         positions, blocks, context, S = count_positions(docs), None, None, docs.shape[1]
-        if config.positions.startswith("learned") and (last := int(positions.max())) >= config.max_positions:
+        if config.positions.startswith("learned") and S > config.max_positions <= (last := int(positions.max())):
             raise ValueError(f"a text of {last + 1} tokens, this model has learned {config.max_positions} positions")
         if config.prefix_ids:
             positions, blocks, context = prefix_layout(ids, docs, positions, config.prefix_ids,

@@ -4,9 +4,10 @@
     on randomwalks   optimality of the paths (course/randomwalks.py): 1 is perfect
     on language      the gold reward behind a learned one (course/goodhart.py), in std of the first model's answers
 
-    python course/ablate.py --seeds 5 --switch whiten,value_clip,kl_kind        # -> out/ablate/ablate.svg, .md, .json
+    python course/ablate.py --seeds 5 --switch whiten,value_clip,kl_kind        # -> out/ablate/tree.svg, .md, .json
     python course/ablate.py --on randomwalks --switch all --steps 60
-    python course/ablate.py --switch none --list                                # what can be switched
+    python course/ablate.py --switch greedy_rollouts,mean_of_means              # a bug of the zoo is a switch too
+    python course/ablate.py --list                                              # what can be switched
 """
 import contextlib
 import json
@@ -45,7 +46,10 @@ SWITCHES: dict[str, tuple[str, dict, str | None]] = {
     "schedule": ("constant learning rate", {"schedule": "constant"}, None),
     "value_warmup": ("five updates of the value first", {"value_warmup": 5}, None),
     "missing_eos": ("answers without an end as judged", {"missing_eos": None}, None),
+    "reward_clip": ("scores cut to +- 1", {"reward_clip": 1.0}, None),
+    "kl_target": ("beta adapts, to 2 nats", {"kl_target": 2.0, "kl_horizon": 1000}, None),
     "batch": ("a quarter of the answers", {"batch_size": 64, "micro_batch": 64}, None)}
+BUGS = {name: ("a bug of the zoo", {}, name) for name, bug in bugs.BUGS.items() if bug.stage == "ppo"}
 
 
 @dataclass
@@ -105,14 +109,14 @@ def end(curve: list[list[float]]) -> float:
 
 def main(cfg: Config) -> bool:
     if cfg.list:
-        print("\n".join(f"{name:16} {what}" for name, (what, _, _) in SWITCHES.items()))
+        print("\n".join(f"{name:24} {what}" for name, (what, _, _) in (SWITCHES | BUGS).items()))
         return True
     if cfg.on not in WORLDS:
         raise common.UserError(f"--on {cfg.on} is not known; known: {', '.join(WORLDS)}")
-    names = list(SWITCHES) if "all" in cfg.switch else list(cfg.switch)
-    if unknown := [name for name in names if name not in SWITCHES]:
-        raise common.UserError(f"--switch {unknown[0]} is not known; known: all, {', '.join(SWITCHES)}")
-    jobs = [("as it is", {}, None), *((name, *SWITCHES[name][1:]) for name in names)]
+    known, names = SWITCHES | BUGS, list(SWITCHES) if "all" in cfg.switch else list(cfg.switch)
+    if unknown := [name for name in names if name not in known]:
+        raise common.UserError(f"--switch {unknown[0]} is not known; known: all, {', '.join(known)}")
+    jobs = [("as it is", {}, None), *((name, *known[name][1:]) for name in names)]
     began, runs = time.perf_counter(), {}
     with ProcessPoolExecutor(cfg.workers or os.cpu_count() or 1, get_context("spawn")) as pool:
         waiting = {name: [pool.submit(one, cfg.on, seed, cfg.steps, changes, bug) for seed in range(cfg.seeds)]
@@ -128,18 +132,20 @@ def main(cfg: Config) -> bool:
              "|---|---|---|---|"]
     for name, curves in runs.items():
         ends = [end(curve) for curve in curves]
-        lines.append(f"| {name} | {SWITCHES.get(name, ('',))[0]} | {statistics.median(ends):.4f} | {min(ends):.4f} .. "
+        lines.append(f"| {name} | {known.get(name, ('',))[0]} | {statistics.median(ends):.4f} | {min(ends):.4f} .. "
                      f"{max(ends):.4f} |")
     usual = runs["as it is"]
-    panels = [figure.Panel(f"{name}: {SWITCHES[name][0]}", [band(usual, "#2c6fbb", "as it is"),
+    panels = [figure.Panel(f"{name}: {known[name][0]}", [band(usual, "#2c6fbb", "as it is"),
                                                             band(runs[name], "#c0392b", "switched")],
                            "updates", WORLDS[cfg.on][1]) for name in names]
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(out / "ablate.json", json.dumps({"on": cfg.on, "steps": cfg.steps, "runs": runs}) + "\n")
-    common.atomic_write(out / "ablate.md", "\n".join(lines) + "\n")
-    common.atomic_write(out / "ablate.svg", figure.grid(panels, 3, f"{cfg.on}: one detail at a time"))
-    print(f"figure: {out / 'ablate.svg'}   table: {out / 'ablate.md'}")
+    rounded = {name: [[[x, round(y, 5)] for x, y in curve] for curve in curves] for name, curves in runs.items()}
+    common.atomic_write(out / f"{cfg.on}.json", json.dumps({"on": cfg.on, "steps": cfg.steps, "runs": rounded}) + "\n")
+    common.atomic_write(out / f"{cfg.on}.md", "\n".join(lines) + "\n")
+    common.atomic_write(out / f"{cfg.on}.svg", figure.grid(panels, 4, f"{cfg.on}: one detail at a time, median and "
+                                                           f"range of {cfg.seeds} seeds"))
+    print(f"figure: {out / f'{cfg.on}.svg'}   table: {out / f'{cfg.on}.md'}")
     return True
 
 

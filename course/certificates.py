@@ -225,39 +225,49 @@ def made_up(seed: int) -> tuple[ppo.Rollout, list[int]]:
     return r, lengths
 
 
-def credit_by_hand(r: ppo.Rollout, lengths: list[int], cfg: ppo.Config, beta: float):
-    """Rewards, GAE by its definition, returns and whitening in plain loops over plain floats."""
-    advantages, returns = [], []
+def credit_by_hand(r: ppo.Rollout, lengths: list[int], cfg: ppo.Config, beta: float) -> list[Tensor]:
+    """KL, advantages and returns in plain loops over plain floats: rewards, GAE by its definition, whitening."""
+    kls = [[float(r.logp[b, t] - r.ref_logp[b, t]) for t in range(n)] for b, n in enumerate(lengths)]
+    pays, advantages, returns = [], [], []
     for b, n in enumerate(lengths):
         score = float(r.scores[b]) if r.ended[b] else cfg.missing_eos
-        pay = [-beta * float(r.logp[b, t] - r.ref_logp[b, t]) + (score if t == n - 1 else 0.0) for t in range(n)]
+        pays.append([-beta * kls[b][t] + (score if t == n - 1 else 0.0) for t in range(n)])
+    if cfg.whiten_rewards:
+        mean, std = spread(pays)
+        pays = [[(x - mean) / std + mean for x in row] for row in pays]
+    for b, n in enumerate(lengths):
         v = [*r.values[b, :n].tolist(), 0.0]
-        delta = [pay[t] + cfg.gamma * v[t + 1] - v[t] for t in range(n)]
+        delta = [pays[b][t] + cfg.gamma * v[t + 1] - v[t] for t in range(n)]
         a = [sum((cfg.gamma * cfg.lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
         advantages.append(a)
         returns.append([x + y for x, y in zip(a, v)])
     if cfg.whiten:
-        every = [x for a in advantages for x in a]
-        mean = sum(every) / len(every)
-        std = math.sqrt(sum((x - mean) ** 2 for x in every) / len(every))
-        advantages = [[(x - mean) / std for x in a] for a in advantages]
+        mean, std = spread(advantages)
+        advantages = [[(x - mean) / std for x in row] for row in advantages]
     return [torch.tensor([[*x, *[0.0] * (6 - len(x))] for x in table], dtype=torch.float64)
-            for table in (advantages, returns)]
+            for table in (kls, advantages, returns)]
+
+
+def spread(rows: list[list[float]]) -> tuple[float, float]:
+    every = [x for row in rows for x in row]
+    mean = sum(every) / len(every)
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in every) / len(every))
 
 
 def credit() -> Figures:
     """ppo.credit is that loop: the score once, at the last chosen token; every token pays its KL; V is 0 behind the end
-    and nothing is bootstrapped through padding; whitening over real tokens only, after the returns; answers without
-    an end get the fixed score."""
+    and nothing is bootstrapped through padding; whitening over real tokens only, after the returns, of rewards without
+    their mean; answers without an end get the fixed score."""
     worst = 0.0
-    for seed, whiten, (gamma, lam) in itertools.product((0, 30), (False, True), ((1.0, 0.95), (0.97, 0.8))):
+    for seed, (whiten, rewards), (gamma, lam) in itertools.product(
+            (0, 30), ((False, False), (True, False), (False, True)), ((1.0, 0.95), (0.97, 0.8))):
         r, lengths = made_up(seed)
-        cfg = tree.config(whiten=whiten, gamma=gamma, lam=lam, missing_eos=-1.5)
-        _, _, advantages, returns = ppo.credit(r, cfg, 0.3)
-        for got, wanted in zip((advantages, returns), credit_by_hand(r, lengths, cfg, 0.3)):
+        cfg = tree.config(whiten=whiten, whiten_rewards=rewards, gamma=gamma, lam=lam, missing_eos=-1.5)
+        _, *found = ppo.credit(r, cfg, 0.3)
+        for got, wanted in zip(found, credit_by_hand(r, lengths, cfg, 0.3), strict=True):
             worst = max(worst, float((got * r.response - wanted).abs().max()))
-            assert not bool((got * (1 - r.response)).any()), "padding has an advantage or a return"
-            below("advantages and returns against the loop", worst, 1e-6)
+            assert not bool((got * (1 - r.response)).any()), "padding has a KL, an advantage or a return"
+            below("KL, advantages and returns against the loop", worst, 1e-6)
     return {"largest difference": worst}
 
 
@@ -303,6 +313,8 @@ def start() -> Figures:
         learner, batch = ppo.start(roles, cfg, tree.WORLD), [{"ids": tree.PROMPTS[i % 4]} for i in range(48)]
         rows = ppo.score(roles, tree.everything(), cfg, tree.WORLD)
         below("difference of policy and reference", float((rows.logp - rows.ref_logp).abs().max()), 0.0)
+        for what in ("logp", "ref_logp", "entropy", "values"):
+            below(f"{what} behind the end", float((getattr(rows, what) * (1 - rows.response)).abs().max()), 0.0)
         V = roles.value.values(rows.ids, rows.mask)
         last = torch.tensor([max(i for i, m in enumerate(row) if m) for row in rows.mask.tolist()])
         below("V at the end - score", float((V.gather(1, last[:, None]).squeeze(1) - rows.scores).detach().abs().max()),

@@ -6,13 +6,14 @@ place of the function and judged by the cheapest certificates; one that survives
 repository, where the tests of its file run, and then judged by the other certificates. What survives all of them is
 listed; it must be explained or killed.
 
-    python course/mutants.py                   # -> docs/results/mutants.json, mutants.md   (half an hour)
+    python course/mutants.py                   # -> docs/results/mutants.json, mutants.md   (an hour; make mutants)
     python course/mutants.py --only gae,whiten
 """
 import ast
 import copy
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,15 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
 
 import common  # noqa: E402
 import ppo  # noqa: E402
@@ -33,14 +38,15 @@ import reward  # noqa: E402
 import sft  # noqa: E402
 from course import certificates  # noqa: E402
 from data import batch as data_batch  # noqa: E402
+from data import chat  # noqa: E402
 
 TARGETS = [(ppo, name) for name in (
     "gae", "policy_loss", "value_loss", "whiten", "kl", "AdaptiveKL.update", "logprobs", "token_logprobs",
     "response_mask", "final_scores", "token_rewards", "credit", "response_values", "policy_logprobs", "cut")]
 TARGETS += [(sft, "loss"), (sft, "nll"), (sft, "collate"), (reward, "last_real"), (reward, "pair_loss"),
-            (reward, "ranking_loss"), (data_batch, "pad")]
+            (reward, "ranking_loss"), (data_batch, "pad"), (data_batch, "pack"), (chat, "encode_pieces")]
 TESTS = {"ppo": ["tests/test_ppo.py"], "sft": ["tests/test_sft.py"], "reward": ["tests/test_reward.py"],
-         "data.batch": ["tests/test_batch.py"]}
+         "data.batch": ["tests/test_batch.py"], "data.chat": ["tests/test_chat.py"]}
 # Survivors that compute the same, and why. Written by hand after reading them; anything else is a hole.
 EXPLAINED: dict[str, str] = {
     "ppo.gae: 'torch.zeros_like' -> 'torch.ones_like'": "every column is written in the loop",
@@ -51,6 +57,7 @@ EXPLAINED: dict[str, str] = {
 class Config:
     # --- mutants ---
     only: tuple[str, ...] = ()         # functions; empty: all
+    workers: int = 0                   # mutants at a time; 0: as many as there are cores
     out_dir: str = str(ROOT / "docs" / "results")
 
 
@@ -176,7 +183,16 @@ def by_tests(module, source: str, text: str) -> str:
 
 # ---------------------------------------------------------------- the run
 
-def measure(cfg: Config, file: Path) -> list[dict]:
+def judge(module_name: str, name: str, source: str, text: str) -> str:
+    """Who kills this mutant, or ''. In a process of its own: certificates look at the module in place."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    module = sys.modules[module_name]
+    return (by_certificates(module, name, text, list(CHEAP)) or by_tests(module, source, text) or
+            by_certificates(module, name, text, [c for c in certificates.FAST if c not in CHEAP]))
+
+
+def measure(cfg: Config, file: Path, pool: ProcessPoolExecutor) -> list[dict]:
     """Function by function, kept in the file; what is in it is not run again, unless --only names it."""
     rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     rows = [row for row in rows if row["name"] not in cfg.only]
@@ -186,10 +202,10 @@ def measure(cfg: Config, file: Path) -> list[dict]:
         owner = getattr(module, name.split(".")[0])
         source = inspect.getsource(getattr(owner, name.split(".")[1]) if "." in name else owner)
         source = source[source.index("def "):] if not source.startswith(" ") else source
-        for what, text in mutants(source):
-            killer = (by_certificates(module, name, text, list(CHEAP)) or by_tests(module, source, text) or
-                      by_certificates(module, name, text, [c for c in certificates.FAST if c not in CHEAP]))
-            rows.append({"function": f"{module.__name__}.{name}", "name": name, "change": what, "killed by": killer})
+        found = [(what, pool.submit(judge, module.__name__, name, source, text)) for what, text in mutants(source)]
+        for what, killer in found:
+            rows.append({"function": f"{module.__name__}.{name}", "name": name, "change": what,
+                         "killed by": killer.result()})
         mine = [row for row in rows if row["function"] == f"{module.__name__}.{name}"]
         print(f"{name:20} {sum(bool(r['killed by']) for r in mine):3} of {len(mine):3} killed", flush=True)
         common.atomic_write(file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
@@ -226,7 +242,8 @@ def table(rows: list[dict], note: str) -> str:
 def main(cfg: Config) -> bool:
     warnings.simplefilter("ignore")
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-    rows = measure(cfg, Path(cfg.out_dir) / "mutants.json")
+    with ProcessPoolExecutor(cfg.workers or os.cpu_count() or 1, get_context("spawn")) as pool:
+        rows = measure(cfg, Path(cfg.out_dir) / "mutants.json", pool)
     killed = sum(bool(row["killed by"]) for row in rows)
     free = [row for row in rows if not row["killed by"] and explanation(row) == NONE]
     note = (f"Made by `python course/mutants.py`, {time.strftime('%Y-%m-%d')}: {killed} of {len(rows)} mutants killed "

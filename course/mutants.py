@@ -50,7 +50,12 @@ TESTS = {"ppo": ["tests/test_ppo.py"], "sft": ["tests/test_sft.py"], "reward": [
 # Survivors that compute the same, and why. Written by hand after reading them; anything else is a hole.
 EXPLAINED: dict[str, str] = {
     "ppo.gae: 'torch.zeros_like' -> 'torch.ones_like'": "every column is written in the loop",
-    "ppo.gae: '0' -> '-1'": "only the shape of a column is taken"}
+    "ppo.gae: '0' -> '-1'": "only the shape of a column is taken",
+    "ppo.policy_loss: 'torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip,' -> "
+    "'torch.maximum(-advantages * ratio.clamp(1 - clip, 1 + clip), -advantag'": "a maximum has no order",
+    "ppo.policy_loss: '(ratio - 1).abs() > clip' -> '(ratio - 1).abs() >= clip'":
+    "a statistic: at equality the clip changes nothing, and a float is never just there",
+    "ppo.value_loss: 'torch.maximum(plain, clipped)' -> 'torch.maximum(clipped, plain)'": "a maximum has no order"}
 
 
 @dataclass

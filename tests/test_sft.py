@@ -276,6 +276,13 @@ def test_collate_without_packing_needs_no_document_numbers():
     assert docs is None and ids[0, 3:].tolist() == [9, 9] and mask[0].tolist() == [0, 0, 1, 0, 0]
 
 
+def test_collate_gives_document_numbers_as_soon_as_one_row_needs_them():
+    """A row of one document beside a row of two: both have numbers. Rows of one document each have none to give."""
+    one, two = {"ids": [5, 6], "mask": [0, 1], "docs": [1, 1]}, {"ids": [5, 6, 7], "mask": [0, 1, 0], "docs": [1, 1, 2]}
+    assert sft.collate([one, two], 9, "cpu")[1].tolist() == [[1, 1, 0], [1, 1, 2]]
+    assert sft.collate([one, one], 9, "cpu")[1] is None
+
+
 # ---------------------------------------------------------------- arithmetic
 
 def test_s13_the_loss_is_taken_in_fp32():

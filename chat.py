@@ -48,6 +48,7 @@ class Config:
     top_p: float = 0.95                # draw among the likeliest tokens that have this probability together
     max_new_tokens: int = 256          # an answer is cut there
     seed: int = 0                      # the same seed and questions give the same answers
+    graph: bool = False                # steps of one shape, on a GPU from a CUDA graph: the same answers
     # --- without a conversation ---
     prompt: str = ""                   # one answer, then leave; without it a pipe is read as one prompt
     prompts: str = ""                  # a json or jsonl file: every prompt of it is answered
@@ -118,7 +119,7 @@ class Speaker:
         try:
             prompt = torch.tensor([ids], device=self.model.embed_tokens.weight.device)
             self.model.generate(prompt, room, temperature=self.cfg.temperature, top_p=self.cfg.top_p,
-                                eos_ids=self.stops, generator=self.generator, on_token=on_token)
+                                eos_ids=self.stops, generator=self.generator, on_token=on_token, graph=self.cfg.graph)
         except AsksItself:
             end = ""
         except KeyboardInterrupt:
@@ -166,8 +167,8 @@ def find(name: str | Path) -> Path:
     path, raw = checkpoints.resolve(name), {}
     for file in (path / "config.json", path / "adapter_config.json"):
         raw |= checkpoints.formats.read_json(file) if file.exists() else {}
-    if "stage" in raw:
-        return find(path / "model")
+    if "stage" in raw:                                   # over a base in four bits the adapter is all there is
+        return find(next((p for p in map(path.joinpath, ("model", "adapter", "policy")) if p.exists()), path / "model"))
     if checkpoints.is_classifier(raw) or raw.get("task_type") == "SEQ_CLS" or (path / "reward.json").exists():
         raise UserError(f"{name}: this is a reward model; it judges and does not write")
     return path

@@ -15,9 +15,12 @@ are three adapters over the same frozen weights, and the reference model is the 
 
 The layer itself is kernels/lora.py: forward and backward by hand, the base product once whatever the rows wear.
 
-The base may be bf16 while A and B stay fp32: they are what the optimiser moves. Files are PEFT's, in and out.
+The base may be bf16 while A and B stay fp32: they are what the optimiser moves. It may also be in four bits (QLoRA:
+load(..., quant="nf4"), kernels/nf4.py): adapters train on it as on any other, and are merged into the weights that it
+was made from. Files are PEFT's, in and out.
 """
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from checkpoints import live
 from common import UserError
 from kernels.lora import Adapter, lora_linear
+from kernels.nf4 import QuantisedLinear, nf4_linear
 
 LARGEST = 10**9                            # weights of which `packed` makes a copy
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,6 +52,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear: nn.Linear, switch: Switch):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias          # the very same tensors, nothing is copied
+        self.quantised = getattr(linear, "quantised", None)          # the matrix in four bits; `weight` is empty then
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
         self.switch = switch
@@ -57,7 +62,7 @@ class LoRALinear(nn.Linear):
         self.packed: tuple | None = None                             # see `packed` below
 
     def add(self, name: str, r: int, scale: float) -> None:
-        device = self.weight.device
+        device = self.weight.device if self.quantised is None else self.quantised.packed.device
         A = torch.empty(r, self.in_features, device=device, dtype=torch.float32)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))                  # uniform in +-1/sqrt(in), as for a fresh nn.Linear
         self.lora_A[name] = nn.Parameter(A)
@@ -78,7 +83,8 @@ class LoRALinear(nn.Linear):
             raise RuntimeError(f"adapter {self.merged!r} is merged, {names} was asked for: unmerge first")
         adapters = [Adapter(self.lora_A[name], self.lora_B[name], self.scale[name], slice(i * n, (i + 1) * n))
                     for i, name in enumerate(names) if name in self.scale and name != self.merged]
-        return lora_linear(x, self.weight, self.bias, adapters) if adapters else F.linear(x, self.weight, self.bias)
+        matrix, plain = (self.weight, F.linear) if self.quantised is None else (self.quantised, nf4_linear)
+        return lora_linear(x, matrix, self.bias, adapters) if adapters else plain(x, matrix, self.bias)
 
 
 # ---------------------------------------------------------------- put on, choose, train
@@ -175,6 +181,18 @@ def copy(model: nn.Module, source: str, target: str) -> None:
             m.lora_B[target].copy_(m.lora_B[source])
 
 
+def fingerprint(model: nn.Module) -> str:
+    """Of the frozen base: equal before and after training, or the reference has moved."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if "lora_" not in name and not p.is_meta:
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+    for m in model.modules():
+        for t in (getattr(m, "quantised", None) or ())[:4]:
+            digest.update(t.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------- merge
 
 @torch.no_grad()
@@ -185,6 +203,10 @@ def merge(model: nn.Module, name: str, keep_original: bool = True) -> None:
     for path, m in layers(model, name):
         if m.merged is not None:
             raise RuntimeError(f"{path} already contains adapter {m.merged!r}: unmerge first")
+        if m.quantised is not None:
+            raise UserError(f"{path} is in four bits, and W + BA is no matrix of four bits: sample with the adapter "
+                            "live, and merge it into the weights the base was made from: python -m checkpoints "
+                            "convert BASE --lora ADAPTER OUT")
         m.original = (m.weight,) if keep_original else None
         # A new Parameter: writing into the old one would change the embedding too where the head is tied to it.
         m.weight = nn.Parameter((m.weight.float() + m.delta(name)).to(m.weight.dtype), requires_grad=False)
@@ -240,6 +262,7 @@ def strip(model: nn.Module) -> None:
         parent, _, last = path.rpartition(".")
         linear = nn.Linear(m.in_features, m.out_features, m.bias is not None, device="meta")
         linear.weight, linear.bias = m.weight, m.bias
+        linear = linear if m.quantised is None else QuantisedLinear(m.quantised, m.bias)
         setattr(model.get_submodule(parent), last, linear)
     model.recompute_context = None
 

@@ -20,6 +20,7 @@ import checkpoints
 import lora
 import rwkv
 from common import UserError, human
+from kernels import nf4
 from model import SHORT, ModelConfig
 
 CARDS = (8, 16, 24, 40, 80)            # GiB, though everyone calls them GB
@@ -42,6 +43,7 @@ class Plan:
     checkpointing: bool = False
     separate_models: bool = False      # PPO: a whole model for each role
     merge: bool = True                 # PPO: the adapter is merged into the weights for sampling
+    quant: str = ""                    # nf4: the frozen linears in four bits
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
@@ -148,10 +150,14 @@ def head(config: ModelConfig, weight: bool, bias: bool) -> list[nn.Parameter]:
 
 
 @remember
-def one_base(config: ModelConfig, stage: str, r: int, targets: tuple[str, ...], dtype: torch.dtype) -> list[Role]:
-    """LoRA: the frozen base once, in `dtype`, and an fp32 adapter for each role."""
+def one_base(config: ModelConfig, stage: str, r: int, targets: tuple[str, ...], dtype: torch.dtype,
+             quant: str = "") -> list[Role]:
+    """LoRA: the frozen base once, in `dtype` or four bits, and an fp32 adapter for each role."""
     model = build(config, dtype)
-    roles = [role("base, frozen", model.requires_grad_(False).parameters())]
+    small = checkpoints.four_bits(model, quant, "the model")
+    base = role("base, frozen", [p for name, p in model.requires_grad_(False).named_parameters() if name not in small])
+    base.weights += sum(nf4.nbytes(model.get_parameter(name).numel()) for name in small)
+    roles = [base]
     for name in {"sft": ["sft"], "reward": ["reward"], "ppo": ["policy", "value", "reward"]}[stage]:
         lora.apply(model, r, 2.0 * r, targets, name)
         adapter = [p for _, p in lora.parameters(model, name)]
@@ -319,7 +325,16 @@ def training(p: Plan) -> Rows:
     if p.mixed:
         linear = count(p.config, (*lora.ALL_LINEAR, "lm_head"))
         rows.append(("bf16 copies", 2 * linear, "autocast converts the fp32 weights once per micro-batch"))
-    return rows
+    return rows + unpacked(p)
+
+
+def unpacked(p: Plan) -> Rows:
+    """Of a base in four bits one matrix at a time is there in full, for as long as its product lasts."""
+    if not p.quant:
+        return []
+    model = build(p.config)
+    largest = max(model.get_parameter(name).numel() for name in checkpoints.four_bits(model, p.quant, "the model"))
+    return [("one unpacked matrix", largest * p.s, f"the largest of the layers, {human(largest)} numbers")]
 
 
 def sampling(p: Plan) -> Rows:
@@ -332,7 +347,7 @@ def sampling(p: Plan) -> Rows:
     if p.merge and p.r:
         originals = s * count(p.config, tuple(p.targets))
         rows.append(("unmerged originals", originals, "kept while the adapter is merged into the weights"))
-    return rows
+    return rows + unpacked(p)
 
 
 # ---------------------------------------------------------------- the estimate
@@ -352,9 +367,9 @@ def estimate(config: ModelConfig, stage: str, **settings) -> Table:
 
 
 def tabulate(p: Plan) -> Table:
-    roles = one_base(p.config, p.stage, p.r, p.targets, p.dtype) if p.r else whole(p.config, p.stage)
+    roles = one_base(p.config, p.stage, p.r, p.targets, p.dtype, p.quant) if p.r else whole(p.config, p.stage)
     how = f"LoRA r = {p.r}" if p.r else "every weight trained"
-    title = f"{p.stage}, {how}, {'bf16' if p.s == 2 else 'fp32'}"
+    title = f"{p.stage}, {how}, {'bf16' if p.s == 2 else 'fp32'}" + (f", base in {p.quant}" if p.quant else "")
     return Table(title, count(p.config), roles, training(p), sampling(p))
 
 
@@ -363,6 +378,8 @@ def fixes(plan: Plan) -> list[tuple[str, int, int]]:
     options = {"--dtype bf16": {"dtype": torch.bfloat16}, "--checkpointing": {"checkpointing": True},
                "--micro_batch 1": {"batch": 1}, "--no_merge": {"merge": False},
                f"--batch_size {plan.rollout // 2}": {"rollout": plan.rollout // 2}}
+    if plan.r and not plan.quant and isinstance(plan.config, ModelConfig) and (plan.stage != "ppo" or not plan.merge):
+        options["--quant nf4"] = {"quant": "nf4"}
     if plan.r == 0:
         options["--lora_r 16"] = {"lora_r": 16, "separate_models": False}
     if plan.stage == "ppo":

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import glu, norm, rope
 from kernels.backend import use_triton
 from kernels.bounds import Bounds, bounds
-from sampling import Cache, decode, left_pad
+from sampling import Cache, Layout, StaticCache, decode, decode_static, left_pad
 
 
 @dataclass
@@ -475,18 +475,18 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C) after the final norm. With a cache the ids follow the tokens that are in it."""
-        config, T = self.config, ids.shape[1]
-        positions, blocks, biases = self.layout(ids, mask, cache)
+        h = self.through(ids, self.layout(ids, mask, cache), cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return h
+
+    def through(self, ids: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """`hidden` of tokens whose place is known: all of its arithmetic, and no look at a number on the device."""
+        config, (positions, blocks, biases, ropes) = self.config, layout
         x = self.embed_tokens(ids)
         x = x if config.embed_scale == 1 else x * torch.tensor(config.embed_scale, dtype=x.dtype)
         x = x if self.embed_positions is None else x + self.embed_positions(positions)
         x = self.embed_norm(x if self.embed_blocks is None else x + self.embed_blocks(blocks))
-        ropes = [None, None]                                                   # of layers that see all; with a window
-        if config.positions.startswith("rope"):
-            two = blocks if config.positions == "rope_2d" else None
-            ropes = [rope_tables(config, positions, x.dtype, two)] * 2
-            if config.rope_theta_local:
-                ropes[1] = rope_tables(config, positions, x.dtype, local=True)
         for i, layer in enumerate(self.layers):
             local, asking = config.windowed(i), None
             if config.top_query and i == config.num_layers - 1:
@@ -497,13 +497,10 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, *where, use_reentrant=False, **context)
             else:
                 x = layer(x, *where)
-        if cache is not None:
-            cache.length += T
         return x if config.top_query == "after" else self.norm(x)
 
-    def layout(self, ids: Tensor, mask: Tensor | None, cache: Cache | None):
-        """Which tokens see which, and where they stand: positions (B, T), GLM's blocks (B, T) or None, and the bias of
-        layers that see everything and of those with a window; a bias of None means causal, all tokens real."""
+    def layout(self, ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Layout:
+        """Without a mask every token is real; with a cache the tokens follow what is in it, which is noted there."""
         config, T, dtype = self.config, ids.shape[1], self.embed_tokens.weight.dtype
         plain = mask is None and (cache is None or cache.length == 0) and (T > SHORT or ids.device.type != "cpu")
         plain &= config.positions != "alibi" and not config.prefix_ids and not config.attention_softcap
@@ -513,7 +510,7 @@ class Transformer(nn.Module):
             cache.docs[:, new], cache.ids[:, new] = docs, ids
             docs, ids = cache.docs[:, :new.stop], cache.ids[:, :new.stop]
         positions, blocks, context, S = count_positions(docs), None, None, docs.shape[1]
-        if config.positions.startswith("learned") and (last := int(positions.max())) >= config.max_positions:
+        if config.positions.startswith("learned") and S > config.max_positions <= (last := int(positions.max())):
             raise ValueError(f"a text of {last + 1} tokens, this model has learned {config.max_positions} positions")
         if config.prefix_ids:
             positions, blocks, context = prefix_layout(ids, docs, positions, config.prefix_ids,
@@ -528,7 +525,12 @@ class Transformer(nn.Module):
         local = full
         if config.window is not None and S > config.window:                    # shorter texts do not notice the window
             local = limits(config.window)
-        return positions[:, -T:], blocks if blocks is None else blocks[:, -T:], (full, local)
+        positions, blocks, ropes = positions[:, -T:], blocks if blocks is None else blocks[:, -T:], (None, None)
+        if config.positions.startswith("rope"):
+            ropes = (rope_tables(config, positions, dtype, blocks if config.positions == "rope_2d" else None),) * 2
+            if config.rope_theta_local:
+                ropes = ropes[0], rope_tables(config, positions, dtype, local=True)
+        return Layout(positions, blocks, (full, local), ropes)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) ids, mask as drawn at the top of the file -> (B, T, V) logits."""
@@ -538,13 +540,15 @@ class Transformer(nn.Module):
     def generate(self, ids: Tensor, max_new_tokens: int, mask: Tensor | None = None, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float | None = None, eos_ids: Iterable[int] = (),
                  generator: torch.Generator | None = None, pad_id: int = 0,
-                 on_token: Callable[[Tensor], None] | None = None, logprobs: list[Tensor] | None = None) -> Tensor:
+                 on_token: Callable[[Tensor], None] | None = None, logprobs: list[Tensor] | None = None,
+                 graph: bool = False) -> Tensor:
         """(B, P) prompts, padded on either side -> (B, n) new tokens, n <= max_new_tokens; 0.0 = greedy; a row keeps
         its end token and is filled with pad_id behind it. on_token((B,) ids) is called after every step; a list given
-        as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn."""
+        as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn. graph: the
+        same text in steps of one shape, which a GPU replays from a CUDA graph."""
         ids, mask = left_pad(ids, mask)
-        cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, ids.device, self.embed_tokens.weight.dtype)
-
+        cache = (StaticCache if graph else Cache)(self.config, len(ids), ids.shape[1] + max_new_tokens, ids.device,
+                                                  self.embed_tokens.weight.dtype)
         scaling = self.config.rope_scaling or {}
         trained = scaling.get("original_max_position_embeddings") or self.config.max_positions
         switches = scaling.get("rope_type") == "longrope"
@@ -557,6 +561,19 @@ class Transformer(nn.Module):
                 cache.length = 0
             return self.lm_head(self.hidden(new, mask, cache)[:, -1])
 
+        if graph:
+            cache.check(scaling.get("rope_type", "default"), trained, int(mask.sum(1).max()), max_new_tokens)
         first = following(ids, None if bool(mask.all()) else mask)
-        return decode(first, lambda new: following(new[:, None]), cache.keep, max_new_tokens, temperature, top_k, top_p,
-                      eos_ids, generator, pad_id, on_token, logprobs)
+        settings = (max_new_tokens, temperature, top_k, top_p, eos_ids, generator, pad_id, on_token, logprobs)
+        if not graph:
+            return decode(first, lambda new: following(new[:, None]), cache.keep, *settings)
+
+        def ahead(n: int) -> Layout:                       # of the next n tokens, whatever they will be
+            layout = self.layout(ids.new_full((len(ids), n), -1), None, cache)
+            return layout._replace(biases=cache.reserve(layout.biases, n))
+
+        def step(new: Tensor, layout: Layout) -> Tensor:                       # (B,), one token's -> (B, V)
+            h = self.through(new[:, None], layout, cache)
+            cache.at.add_(1)
+            return self.lm_head(h[:, -1])
+        return decode_static(first, ahead, step, *settings)

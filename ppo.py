@@ -20,7 +20,6 @@ Indices, P = prompt tokens (padded on the left), R = response tokens:
     torchrun --nproc_per_node 8 ppo.py --init DIR --reward DIR --data FILE
 """
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -38,10 +37,13 @@ import memory
 import reward as reward_stage
 from data import batch as data_batch
 from data import chat, formats
+from kernels import gae as kernel_gae
+from kernels.backend import use_triton
 from kernels.head import linear_logprobs
+from lora import fingerprint
 from model import Transformer, linear_head
 from reward import RewardModel
-from sft import autocast, widen
+from sft import autocast, check_quant, keep_apart, widen
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Config:
     temperature: float = 1.0           # of the sampler, and of every log-probability: they must be one distribution
     missing_eos: float | None = -1.0   # score of an answer that did not end by itself; none: judge it as it is
     merge: bool = False                # sample with the adapter merged in: faster, but bf16 rounds W + BA
+    graph: bool = False                # sample in steps of one shape, on a GPU from a CUDA graph: the same text
     # --- reward and KL ---
     kl_coef: float = 0.05              # beta: the price of a nat away from the reference
     kl_target: float | None = None     # nats per answer: beta then adapts to hold this KL (6 in Ziegler et al. 2019)
@@ -91,6 +94,7 @@ class Config:
     lora_r: int = 16                   # rank of the policy's adapter; 0: train whole, separate models
     lora_alpha: float = 32.0           # the correction is scaled by alpha / r
     lora_targets: tuple[str, ...] = lora.ALL_LINEAR
+    quant: str = ""                    # nf4: the frozen linears in four bits (QLoRA), a quarter of the memory of bf16
     # --- run ---
     seed: int = 0
     device: str = "auto"               # auto | cpu | cuda | mps
@@ -193,8 +197,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
                 n_tokens: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (PPO eq. 7, with the sign of a loss), mean over the tokens under the mask. The max takes
     the pessimist's side: a good action gains nothing beyond ratio 1 + clip, a bad one nothing below 1 - clip.
-    n_tokens: the count of the whole minibatch when this is one micro-batch of several; stats are means over the
-    same."""
+    n_tokens: the count of the whole minibatch when this is one micro-batch of several, and that of the stats."""
     n = mask.sum() if n_tokens is None else n_tokens
     ratio = torch.exp((logp - old_logp) * mask)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -263,7 +266,8 @@ def one_base(cfg: Config, model: Transformer, world: common.World) -> Roles:
     policy with B = 0: at the first step it is the reference bit for bit, and V at the end token is the score."""
     path = Path(cfg.reward)
     shared = reward_stage.same_base(path, cfg.init)
-    reward = reward_stage.load(path, base=model if shared else None, device=world.device, dtype=world.dtype)
+    reward = reward_stage.load(path, base=model if shared else None, device=world.device, dtype=world.dtype,
+                               quant=cfg.quant)
     common.seed_all(cfg.seed)
     lora.apply(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, "policy")
     if shared:
@@ -308,15 +312,6 @@ def freeze(reward: RewardModel) -> None:
         p.requires_grad_(False)
 
 
-def fingerprint(model: Transformer) -> str:
-    """Of the frozen base: equal before and after training, or the reference has moved."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if "lora_" not in name:
-            digest.update(p.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 # ---------------------------------------------------------------- rollout and score
 
 @dataclass
@@ -348,7 +343,7 @@ def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, gene
     sampler: list[Tensor] = []
     with how(roles.policy, roles.adapter):
         new = roles.policy.generate(ids, cfg.response_len, mask, cfg.temperature, eos_ids=tokenizer.eos_ids,
-                                    generator=generator, pad_id=tokenizer.pad_id, logprobs=sampler)
+                                    generator=generator, pad_id=tokenizer.pad_id, logprobs=sampler, graph=cfg.graph)
     response = response_mask(new, tokenizer.eos_ids)
     ended = torch.isin(new, torch.tensor(sorted(tokenizer.eos_ids), device=device)).any(1)
     return Rollout(torch.cat((ids, new), 1), torch.cat((mask, response), 1), response, ended, torch.stack(sampler, 1))
@@ -448,7 +443,8 @@ def credit(r: Rollout, cfg: Config, coef: float) -> tuple[Tensor, Tensor, Tensor
     rewards = token_rewards(scores, kls, r.response, coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, r.response, shift_mean=False)
-    advantages, returns = gae(rewards, r.values, r.response, cfg.gamma, cfg.lam)
+    backwards = kernel_gae.gae if use_triton(rewards) else gae   # a loop over tokens launches thousands of kernels
+    advantages, returns = backwards(rewards, r.values, r.response, cfg.gamma, cfg.lam)
     if cfg.whiten:
         advantages = whiten(advantages, r.response)            # after the returns: V must learn real rewards
     return scores, kls, advantages, returns
@@ -602,16 +598,17 @@ def main(cfg: Config) -> bool:
     chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
+    check_quant(cfg)
     if full and cfg.one_pass:
         raise common.UserError("--one_pass needs the four roles on one base, --lora_r 0 makes four models: drop one")
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "ppo", batch=cfg.micro_batch,
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
-                                           lora_r=cfg.lora_r, dtype=world.dtype,
+                                           lora_r=cfg.lora_r, dtype=world.dtype, quant=cfg.quant,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
                                            checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge))
         return True
-    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
+    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     chat.use_format(tokenizer, cfg.template)
     roles = separate(cfg, model, world) if full else one_base(cfg, model, world)
     roles.policy.checkpointing = roles.value.model.checkpointing = cfg.checkpointing
@@ -695,11 +692,13 @@ def main(cfg: Config) -> bool:
 
 
 def export(roles: Roles, tokenizer, cfg: Config, out: Path) -> None:
-    """policy/ and value/ as adapters, model/ as a model that other tools load."""
+    """policy/ and value/ as adapters, and unless the base is in four bits model/, a model that other tools load."""
     base = str(checkpoints.resolve(cfg.init))
     if roles.adapter:
         lora.save(roles.policy, "policy", out / "policy", base=base)
         reward_stage.save(roles.value, tokenizer, out / "value", base)
+        if cfg.quant:
+            return keep_apart(tokenizer, out / "policy", cfg.init)
         lora.merge(roles.policy, "policy", keep_original=False)
         lora.strip(roles.policy)
     checkpoints.save(roles.policy, tokenizer, out / "model")

@@ -33,7 +33,7 @@ import memory
 from data import batch as data_batch
 from data import chat, formats
 from model import Transformer
-from sft import autocast
+from sft import autocast, check_quant
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Config:
     lora_r: int = 16                   # rank; 0: train every weight
     lora_alpha: float = 32.0           # the correction is scaled by alpha / r
     lora_targets: tuple[str, ...] = lora.ALL_LINEAR
+    quant: str = ""                    # nf4: the frozen linears in four bits (QLoRA), a quarter of the memory of bf16
     # --- run ---
     normalize_on: int = 256            # reference answers for mean 0 and std 1 (training answers, good and bad); 0: off
     seed: int = 0
@@ -243,7 +244,7 @@ def same_base(directory: Path, init: str) -> bool:
 
 
 def load(directory: str | Path, base: Transformer | None = None, name: str = "reward", device="cpu",
-         dtype=torch.float32) -> RewardModel:
+         dtype=torch.float32, quant: str = "") -> RewardModel:
     """Reads what `save` wrote (or any classifier with one label). With `base` an adapter goes onto that model."""
     directory = Path(directory)
     if not directory.exists():
@@ -252,10 +253,11 @@ def load(directory: str | Path, base: Transformer | None = None, name: str = "re
     is_adapter = (directory / "adapter_config.json").exists()
     if is_adapter:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        model = base if base is not None else checkpoints.load(config["base_model_name_or_path"], device, dtype)[0]
+        own = config["base_model_name_or_path"]
+        model = base if base is not None else checkpoints.load(own, device, dtype, quant=quant)[0]
         weight = lora.load(model, directory, name)
     else:
-        model, _ = checkpoints.load(directory, device, dtype)
+        model, _ = checkpoints.load(directory, device, dtype, quant=quant)
         weight = checkpoints.load_head(directory)
     if weight is None:
         raise common.UserError(f"{directory} holds no reward head (score.weight): it is a language model, train it "
@@ -292,13 +294,14 @@ def main(cfg: Config) -> bool:
     chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
+    check_quant(cfg)
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "reward", batch=2 * cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
-                                           dtype=world.dtype, checkpointing=cfg.checkpointing))
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant))
         return True
-    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
+    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     chat.use_format(tokenizer, cfg.template)
     common.seed_all(cfg.seed)                       # before the head is drawn: two runs with one seed are one run
     if not full:

@@ -9,10 +9,12 @@ answers more.
     python sft.py                                                       # the embedded default, a laptop, two minutes
     python sft.py --init llama-7b --data alpaca.json --dry_run          # how much memory, and why
     python sft.py --init DIR --data FILE --out_dir out/sft              # LoRA; --lora_r 0 trains every weight
+    python sft.py --init llama-7b --data FILE --quant nf4 --checkpointing      # QLoRA: the base in four bits
     torchrun --nproc_per_node 8 sft.py --init DIR --data FILE           # many GPUs
 
 Out comes a run folder: model/ (a directory that other tools load, the adapter merged in), adapter/ (PEFT's format),
-metrics.jsonl, samples.jsonl, gate.json, state/ (for --resume).
+metrics.jsonl, samples.jsonl, gate.json, state/ (for --resume). Over a base in four bits nothing is merged: adapter/ is
+then what goes on, as --init of the next stage or in chat.py.
 """
 import contextlib
 import sys
@@ -28,6 +30,7 @@ import checkpoints
 import common
 import lora
 import memory
+from checkpoints.export import write_tokenizer
 from data import batch as data_batch
 from data import chat, formats
 from kernels.head import linear_cross_entropy
@@ -63,6 +66,7 @@ class Config:
     lora_r: int = 16                   # rank; 0: train every weight
     lora_alpha: float = 32.0           # the correction is scaled by alpha / r
     lora_targets: tuple[str, ...] = lora.ALL_LINEAR
+    quant: str = ""                    # nf4: the frozen linears in four bits (QLoRA), a quarter of the memory of bf16
     # --- run ---
     seed: int = 0
     device: str = "auto"               # auto | cpu | cuda | mps
@@ -184,6 +188,13 @@ def sample_answers(model: Transformer, rows: list[dict], tokenizer, cfg: Config,
     return sum(ended) / len(ended)
 
 
+def check_quant(cfg) -> None:
+    """Of every stage: four bits cannot be trained, only what lies beside them."""
+    if cfg.quant and (cfg.lora_r == 0 or getattr(cfg, "merge", False)):
+        raise common.UserError("--quant keeps the frozen base in four bits: it needs adapters beside it (--lora_r 16) "
+                               "that stay beside it (no --merge)")
+
+
 # ---------------------------------------------------------------- training
 
 def prepare(cfg: Config, tokenizer, pairs: bool = False) -> tuple[list[dict], list[dict], list[dict]]:
@@ -214,13 +225,14 @@ def main(cfg: Config) -> bool:
     chat.check_format(cfg.template)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)
     full = cfg.lora_r == 0
+    check_quant(cfg)
     if cfg.dry_run:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "sft", batch=cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
-                                           dtype=world.dtype, checkpointing=cfg.checkpointing))
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant))
         return True
-    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype)
+    model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     if getattr(model, "bidirectional", False):
         raise common.UserError(f"{cfg.init} reads in both directions: taught to predict the next token it would see it")
     chat.use_format(tokenizer, cfg.template)
@@ -317,7 +329,8 @@ def place(row: dict) -> str:
 
 
 def export(model: Transformer, tokenizer, cfg: Config, run: common.Run, full: bool) -> None:
-    """adapter/ and model/; the adapter is read back and must give the logits of the live one."""
+    """adapter/ and, unless the base is in four bits, model/; the adapter is read back and must give the logits of the
+    live one."""
     out = Path(run.dir)
     if not full:
         lora.save(model, "sft", out / "adapter", base=str(checkpoints.resolve(cfg.init)))
@@ -329,10 +342,19 @@ def export(model: Transformer, tokenizer, cfg: Config, run: common.Run, full: bo
             with lora.use(model, "saved"):
                 gap = float((model(probe) - live).abs().max())
         assert gap == 0, f"the adapter read back from {out / 'adapter'} gives logits {gap} away from the live one's"
+        if cfg.quant:
+            return keep_apart(tokenizer, out / "adapter", cfg.init)
         lora.merge(model, "sft", keep_original=False)
         lora.strip(model)
     checkpoints.save(model, tokenizer, out / "model")
     print(f"saved {out / 'model'}   talk to it: python chat.py {out / 'model'}")
+
+
+def keep_apart(tokenizer, adapter: Path, base: str) -> None:
+    """What is left to do over a base in four bits: the adapter's folder gets the tokenizer and is a model by itself."""
+    write_tokenizer(tokenizer, adapter)
+    print(f"saved {adapter}, nothing is merged into four bits. It is an --init of its own: python chat.py {adapter}\n"
+          f"as one model: python -m checkpoints convert {base} --lora {adapter} {adapter.parent / 'model'}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from checkpoints import adapters, families, formats, hub, layouts, others, readers
 from checkpoints.export import save
 from common import UserError
+from kernels.nf4 import GROUP, QuantisedLinear, quantise
 from model import ModelConfig, Transformer
 
 __all__ = ["build", "load", "load_head", "names", "read_config", "resolve", "save"]
@@ -104,8 +105,11 @@ def open_any(path: Path, network: bool = False) -> tuple[formats.Source, Path]:
             base = path / base                               # as seen from the adapter
         elif not Path(base).exists() and base in {repo for repo, _ in hub.NAMES.values()}:
             base = next(name for name, (repo, _) in hub.NAMES.items() if repo == base)
-        where = resolve(base, network)
-        source = formats.open_source(where)
+        below = resolve(base, network)
+        if below.resolve() == path.resolve():
+            raise UserError(f"{path} is an adapter that names itself as its base: load the base with "
+                            f"lora=[{str(path)!r}]")
+        source, where = open_any(below, network)             # an adapter may lie on another one: SFT's, then PPO's
         adapters.apply(source, [path], None, None)
         return source, path if any((path / n).exists() for n in ("tokenizer.json", "tokenizer.model")) else where
     if blinkdl := others.find_blinkdl(path):
@@ -145,9 +149,11 @@ def our_linears(name_or_path: str | Path, targets: tuple[str, ...]) -> tuple[str
 # ---------------------------------------------------------------- load
 
 def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-         lora: tuple | list = (), delta: str | Path | None = None, new_rows: str | None = None, network: bool = False):
+         lora: tuple | list = (), delta: str | Path | None = None, new_rows: str | None = None, network: bool = False,
+         quant: str = ""):
     """A name or a path -> (model, tokenizer or None). lora: PEFT directories to merge, in order; delta: a checkpoint of
-    differences, new_rows "zero" or "mean" for the rows that the base lacks. Errors name the file and the tensor."""
+    differences, new_rows "zero" or "mean" for the rows that the base lacks; quant "nf4": the linears of the layers in
+    four bits, frozen. Errors name the file and the tensor."""
     # Not at the top: the tokenizer of a GGUF file reads its header through us.
     from data.tokenizer import load_tokenizer
     path = resolve(name_or_path, network)
@@ -166,7 +172,7 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
         model = family.build(config)
     if is_classifier(raw) and not config.tie_embeddings:
         model.lm_head = nn.Identity()                        # a reward model writes no words
-    recipes = fill(model, files, family, source, torch.device(device), dtype)
+    recipes = fill(model, files, family, source, torch.device(device), dtype, four_bits(model, quant, path))
     model.origin = readers.Origin(family, raw, recipes)
     return model.eval(), load_tokenizer(tokenizer_at)
 
@@ -247,9 +253,26 @@ def settle_head(files: dict, config: ModelConfig, family: readers.Family) -> Non
             config.tie_embeddings = False
 
 
+def four_bits(model: nn.Module, quant: str, where: Path) -> set[str]:
+    """Names of the matrices that are kept in four bits: the linears of the layers. Embedding, head and norms are read
+    by others too, and are a small part."""
+    if quant not in ("", "nf4"):
+        raise UserError(f"--quant {quant!r} is unknown: nf4, or leave it out")
+    if quant and not isinstance(model, Transformer):
+        raise UserError(f"{where} is a {type(model).__name__}: --quant nf4 knows the decoders of model.py only")
+    found = {f"{path}.weight": m for path, m in model.named_modules()
+             if isinstance(m, nn.Linear) and path.startswith("layers.")} if quant else {}
+    for name, m in found.items():
+        if m.weight.numel() % GROUP:
+            raise UserError(f"{where}: {name} {tuple(m.weight.shape)} is no whole number of groups of {GROUP} weights: "
+                            "leave --quant out")
+    return set(found)
+
+
 def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Family, source: formats.Source,
-         device: torch.device, dtype: torch.dtype) -> list[layouts.Recipe]:
-    """Names and shapes are compared before the first byte is read; then each tensor goes straight to its place."""
+         device: torch.device, dtype: torch.dtype, packed: set[str] = frozenset()) -> list[layouts.Recipe]:
+    """Names and shapes are compared before the first byte is read; then each tensor goes straight to its place. Those
+    named in `packed` are quantised on the way, so that never more than one of them is there in full."""
     where, as_there = source.path, {layouts.strip(n, family.prefixes): n for n in source.entries}
     tied = getattr(model.config, "tie_embeddings", False)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
@@ -278,6 +301,10 @@ def fill(model: nn.Module, files: dict[str, formats.Entry], family: readers.Fami
                             "original ones")
         for name, part in zip(r.ours, r.split(tensor)):
             parent, _, last = name.rpartition(".")
+            if name in packed:
+                q = quantise(part.to(device))._replace(dtype=dtype)
+                model.set_submodule(parent, QuantisedLinear(q, model.get_submodule(parent).bias))
+                continue
             exact = r.plus_one or (last in getattr(model, "fp32", ()) and dtype in (torch.bfloat16, torch.float16))
             part = part.to(device=device, dtype=torch.float32 if exact else dtype, copy=True)
             setattr(model.get_submodule(parent), last, nn.Parameter(part.contiguous()))

@@ -31,6 +31,9 @@ def save(model: nn.Module, tokenizer, out_dir: str | Path, head: Tensor | None =
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise UserError("the model still carries LoRA adapters: lora.merge it (or lora.save the adapter), then "
                         "lora.strip")
+    if empty := next((n for n, p in model.named_parameters() if p.is_meta), None):
+        raise UserError(f"{empty} is in four bits, a layout of ours that no other tool reads: save the adapter "
+                        "(lora.save) and keep the base as it came")
     tensors, raw = in_family_names(model, head is not None) or in_our_names(model, head is not None)
     if bad := next((n for n, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
         raise UserError(f"{bad} is not finite: the model is broken, nothing was saved in {out_dir}")

@@ -23,6 +23,10 @@ class Bounds(NamedTuple):
             return decode.decode(q[:, :, 0], k, v, lo, hi, *options)[:, :, None]
         return attention.attention(q, k.to(v.dtype), v, self.spans, *options)
 
+    def for_decoding(self) -> "Bounds":
+        """Without what only the backward pass asks for, and what grows with the cache."""
+        return self._replace(spans=self.spans._replace(first=None, last=None))
+
 
 def bounds(docs: Tensor, queries: int, slopes: Tensor | None = None, context: Tensor | None = None,
            window: int | None = None) -> Bounds:

@@ -11,7 +11,7 @@
 FLOPs: 2 N in out forward and again backward, where full training needs 4; an adapter adds r (in + out) / (in out) of
 it forward: 0.8 % for r 16 in a 4096 x 4096 layer. What such a layer loses is traffic: plain autograd writes y twice,
 adds two gradients of x, and keeps d(x). Here the small products add into y and dx where they lie. Kept: x, h (N, r),
-and with dropout one byte a number.
+and with dropout one byte a number. W may be in four bits (nf4.py): it is unpacked for each of the two products with it.
 """
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.head import add_product
+from kernels.nf4 import NF4, dense
 
 
 class Adapter(NamedTuple):
@@ -34,10 +35,10 @@ class Adapter(NamedTuple):
     rows: slice = slice(None)
 
 
-def ref_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter],
+def ref_lora_linear(x: Tensor, weight: Tensor | NF4, bias: Tensor | None, adapters: Sequence[Adapter],
                     masks: Sequence[Tensor | None] = ()) -> Tensor:
     """The definition. masks: what dropout multiplies each adapter's rows of x by; none: 1."""
-    out = F.linear(x, weight, bias)
+    out = F.linear(x, dense(weight, x.dtype), bias)
     pieces = []
     for i, (A, B, scale, rows) in enumerate(adapters):
         part = x[rows] * masks[i] if masks and masks[i] is not None else x[rows]
@@ -56,7 +57,7 @@ class LoRALinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, dropout, places, scales, *matrices):
         width, rows = x.shape[-1], x.shape[:-1].numel() // max(1, len(x))    # tokens per row of the batch
         flat, saved = x.reshape(-1, width), []
-        y = F.linear(flat, weight, bias)
+        y = F.linear(flat, dense(weight, x.dtype), bias)
         places = [slice(start * rows, stop * rows) for start, stop in places]
         for place, scale, A, B in zip(places, scales, matrices[::2], matrices[1::2]):
             part = flat[place]
@@ -64,19 +65,20 @@ class LoRALinear(torch.autograd.Function):
             h = F.linear(dropped(part, kept, dropout), A.to(x.dtype))                                    # (n, r)
             y[place].addmm_(h, B.to(x.dtype).t(), alpha=scale)
             saved += [h, kept]
-        ctx.save_for_backward(flat, weight, *matrices, *saved)
-        ctx.settings = dropout, places, scales, x.shape
+        constant = isinstance(weight, NF4)                                   # frozen for good: nothing to watch over
+        ctx.save_for_backward(flat, None if constant else weight, *matrices, *saved)
+        ctx.settings = dropout, places, scales, x.shape, weight if constant else None
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dropout, places, scales, shape = ctx.settings
+        dropout, places, scales, shape, packed = ctx.settings
         x, weight, *rest = ctx.saved_tensors
         n = 2 * len(places)
         matrices, saved, grads = rest[:n], rest[n:], []
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = dy @ dense(weight if packed is None else packed, dy.dtype) if ctx.needs_input_grad[0] else None
         for i, (place, scale) in enumerate(zip(places, scales)):
             (A, B), (h, kept) = matrices[2 * i:2 * i + 2], saved[2 * i:2 * i + 2]
             g = (dy[place] @ B.to(dy.dtype)).mul_(scale)                                                 # (n, r)
@@ -91,11 +93,11 @@ class LoRALinear(torch.autograd.Function):
         return None if dx is None else dx.view(shape), None, dbias, None, None, None, *grads
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter],
+def lora_linear(x: Tensor, weight: Tensor | NF4, bias: Tensor | None, adapters: Sequence[Adapter],
                 dropout: float = 0.0) -> Tensor:
     """x (B, ..., in), frozen weight (out, in) -> (B, ..., out). Adapters may not share a row; dropout draws from
     torch's own generator, a new mask in every call."""
-    if weight.requires_grad:
+    if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError("lora_linear computes no gradient of the base: weight.requires_grad_(False)")
     places = [adapter.rows.indices(len(x))[:2] for adapter in adapters]
     matrices = [m for adapter in adapters for m in adapter[:2]]

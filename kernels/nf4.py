@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import tl, triton, use_triton
@@ -66,7 +66,8 @@ def quantise(w: Tensor, double: bool = True) -> NF4:
         levels = (away / step.clamp(min=1e-30)[:, None]).round()
         scales, absmax = ((x.view(-1)[:len(absmax)]) for x in (mean + step[:, None] * levels, levels.to(torch.int8)))
     # By the scale that unpacking will use: what rounding took from it is not lost twice.
-    q = torch.bucketize((groups / scales.clamp(min=1e-30)[:, None]).contiguous(), borders).view(-1, 2).to(torch.uint8)
+    q = torch.bucketize((groups / scales.clamp(min=1e-30)[:, None]).contiguous(), borders, out_int32=True)
+    q = q.view(-1, 2).to(torch.uint8)
     return NF4(q[:, 0] << 4 | q[:, 1], absmax.contiguous(), step, mean, code, tuple(w.shape), w.dtype)
 
 
@@ -122,6 +123,39 @@ class NF4Linear(torch.autograd.Function):
 def nf4_linear(x: Tensor, q: NF4, bias: Tensor | None = None) -> Tensor:
     """x (..., in) -> (..., out) through the frozen quantised matrix; the gradient reaches x, and adapters beside it."""
     return NF4Linear.apply(x, bias, q)
+
+
+def dense(weight: Tensor | NF4, dtype: torch.dtype) -> Tensor:
+    """A frozen matrix for one product: as it is, or unpacked for as long as somebody holds it."""
+    return dequantise(weight).to(dtype) if isinstance(weight, NF4) else weight
+
+
+class Shape(nn.Parameter):
+    """A parameter that knows its shape and has no numbers. Computing with it is an error: F.linear of a CPU takes a
+    plain tensor of the meta device without a word and returns whatever lies in its memory."""
+    KNOWN = ("__get__", "__set__", "size", "dim", "numel", "detach", "requires_grad_", "__repr__")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ not in cls.KNOWN:
+            raise RuntimeError(f"{function.__name__}: this matrix is in four bits (QuantisedLinear.quantised)")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class QuantisedLinear(nn.Linear):
+    """A frozen linear whose matrix is `quantised`; its `weight` is a shape without numbers."""
+    def __init__(self, quantised: NF4, bias: nn.Parameter | None = None):
+        super().__init__(*quantised.shape[::-1], bias=False, device="meta", dtype=quantised.dtype)
+        self.weight, self.bias, self.quantised = Shape(self.weight.data, requires_grad=False), bias, quantised
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nf4_linear(x, self.quantised, self.bias)
+
+
+def nbytes(numbers: int) -> int:
+    """Bytes of a matrix of so many weights, with double quantisation."""
+    groups = numbers // GROUP
+    return numbers // 2 + groups + 4 * -(-groups // SUPER) + 4
 
 
 def traffic(numbers: int, size: int = 2) -> float:

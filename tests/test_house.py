@@ -14,7 +14,8 @@ LEAVES = {"common", "memory", "checkpoints", "kernels"}
 ALLOWED = {"torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "regex", "jinja2"}
 OPTIONAL = {"demo.py": {"vaderSentiment"}, "bench.py": {"transformers", "peft"},
             "data/tokenizer_makers.py": {"jieba"},
-            "kernels/backend.py": {"triton"}, "kernels/e2e.py": {"transformers", "peft"},
+            "kernels/backend.py": {"triton"}, "kernels/e2e_ppo.py": {"peft"},
+            "kernels/e2e.py": {"transformers", "peft", "liger_kernel", "bitsandbytes"},
             "kernels/bench_rows.py": {"liger_kernel", "trl", "cut_cross_entropy"},
             "checkpoints/__init__.py": {"huggingface_hub"}}
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("checkpoints/*.py"),

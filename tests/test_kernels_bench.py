@@ -1,5 +1,8 @@
 """The benchmark's rows at a small size on a CPU: whatever is timed computes the same, and floors are counted right.
 Peers that need a GPU or a compiler are left to the benchmark itself, which compares before it times."""
+import argparse
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from kernels import bench, bench_rows
+from kernels.e2e import Table, installed
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = {"ours", "eager", "sdpa", "sdpa+mask", "F.rms_norm", "addmm", "sort"}
@@ -38,6 +42,32 @@ def test_every_row_times_the_same_function(monkeypatch):
             per_pair = H * D * (14 if row.name.endswith("train") else 4)
             seen = float((data["spans"].hi - data["spans"].lo).sum()) * (len(data["q"]) // len(data["spans"].lo))
             assert abs(row.flops / per_pair - seen) <= 0.03 * seen, row.name
+
+
+def test_every_part_of_the_end_to_end_program_runs(tmp_path):
+    """All parts on a tiny model: ours, and what is installed of the peers."""
+    out = tmp_path / "rows.json"
+    done = subprocess.run([sys.executable, "-m", "kernels.e2e", "--size", "tiny", "--device", "cpu", "--length", "32",
+                           "--out", str(out)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+                          env={**os.environ, "CHATPIXIU_KERNELS": "auto"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert not [row for row in rows if "failed" in row or "skipped" in row]
+    who: dict[str, list[str]] = {}
+    for row in rows:
+        assert row["s"] > 0
+        who.setdefault(row["what"].split(",")[0], []).append(row["who"])
+    assert set(who) == {"LoRA SFT step", "full SFT step", "QLoRA SFT step", "generation", "PPO step"}
+    assert all(any(name.startswith("ours") for name in names) for names in who.values())
+    assert "ours, graph" in who["PPO step"] and who["generation"].count("ours, graph") == 2
+    if installed("peft"):
+        assert "transformers + peft" in who["PPO step"] and "transformers + peft" in who["LoRA SFT step"]
+
+
+def test_nothing_begins_after_the_budget(capsys):
+    args = argparse.Namespace(device="cpu", size="tiny", part="ppo", budget=-1.0, out="")
+    Table(args).run("a part", lambda: pytest.fail("ran"))
+    assert json.loads(capsys.readouterr().out) == {"what": "a part", "skipped": "after -1 s"}
 
 
 def test_a_child_that_dies_costs_one_row(tmp_path, monkeypatch, capsys):

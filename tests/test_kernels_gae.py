@@ -3,6 +3,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, check, kernels_only, random  # noqa: F401
 
+import ppo
 from kernels import gae as G
 
 
@@ -27,6 +28,24 @@ def test_the_example_of_the_docstring():
     advantages, returns = G.gae(rewards, values, mask, 1.0, 0.9)
     check(advantages, torch.tensor([[0.433, 0.37, 0.3]], device=DEVICE), 1e-6)
     check(returns, torch.tensor([[0.933, 0.97, 1.0]], device=DEVICE), 1e-6)
+
+
+def test_ppo_takes_the_scan_where_kernels_run(monkeypatch):
+    """credit, from a scored rollout: the same numbers from the loop and from the scan, and each does run."""
+    rewards, values, mask = data(5, 24)
+    scores = random(5, seed=3)
+    r = ppo.Rollout(None, None, mask, mask.sum(1) < 24, None, logp=rewards, ref_logp=random(5, 24, seed=4),
+                    values=values * mask, scores=scores)
+    cfg, ran, out = ppo.Config(gamma=0.97, lam=0.9), [], {}
+    for name, where in (("loop", ppo), ("scan", G)):
+        real = where.gae
+        monkeypatch.setattr(where, "gae", lambda *a, name=name, real=real: (ran.append(name), real(*a))[1])
+    for kind in ("torch", "triton"):
+        monkeypatch.setenv("CHATPIXIU_KERNELS", kind)
+        out[kind] = ppo.credit(r, cfg, 0.05)
+    assert ran == ["loop", "scan"]
+    for name, a, b in zip(("scores", "KL", "advantages", "returns"), out["triton"], out["torch"]):
+        check(a, b, 1e-5, name)
 
 
 def test_padding_is_zero_and_its_garbage_is_not_read():

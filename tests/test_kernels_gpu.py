@@ -3,11 +3,15 @@ The other tests of kernels run there too, in fp32, fp16 and bf16:   pytest tests
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomize, tiny_model
 from kernel_cases import check, kernels_only, leaf, random  # noqa: F401
 
+import lora
+import sampling
+import sft
 from kernels import attention as A
 from kernels import decode as D
-from kernels import glu, head, norm, sample
+from kernels import glu, head, nf4, norm, rope, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -134,3 +138,108 @@ def test_a_decoding_step_in_a_cuda_graph():
         hi.fill_(n)
         graph.replay()
         check(out, D.ref_decode(q.double(), k.double(), v.double(), lo, hi), 5e-3, f"length {n}")
+
+
+# ---------------------------------------------------------------- the model on the card
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "alibi"}, {"window": 7}, {"positions": "learned"},
+                                     {"positions": "rope_2d", "prefix_ids": (90, 91), "num_kv_heads": 4}], ids=str)
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
+def test_generation_from_a_graph_is_plain_generation(changes, settings, monkeypatch):
+    """The second step is recorded, the others are replayed; text, log-probabilities, and what the generator draws next.
+    In fp32: the keys are split by the size of the cache, which rounds differently."""
+    replays = []
+
+    class Watched(sampling.Replay):
+        def __call__(self):
+            super().__call__()
+            replays.append(self.graph)
+    monkeypatch.setattr(sampling, "Replay", Watched)
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "auto")
+    torch.use_deterministic_algorithms(False)                          # filling memory with NaN is no part of a step
+    model = tiny_model(**changes).cuda()
+    lora.apply(model, 4, 8.0, name="a")
+    randomize(model, 3)
+    ids = torch.randint(0, 90, (5, 9), generator=torch.Generator().manual_seed(0))
+    ids[:, -2], ids[:, -1] = 91, 90
+    mask = (torch.arange(9) >= torch.tensor([0, 5, 7, 2, 4])[:, None]).long()
+    out = []
+    with lora.use(model, "a"):
+        for graph in (False, True):
+            generator, logprobs = torch.Generator("cuda").manual_seed(1), []
+            new = model.generate(ids.cuda(), 40, mask.cuda(), eos_ids=(3, 5), generator=generator, logprobs=logprobs,
+                                 graph=graph, **settings)
+            out.append((new, torch.stack(logprobs, 1), torch.rand(3, generator=generator, device="cuda")))
+    (a, p, x), (b, q, y) = out
+    assert torch.equal(a, b) and torch.equal(x, y)
+    check(q, p, 1e-4)
+    assert len(replays) > 16 and replays[0] is None and replays[1] is not None and len(set(replays[1:])) == 1
+
+
+def test_kernels_under_the_compiler(monkeypatch):
+    """One graph each, and the numbers of eager."""
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "auto")
+    torch.use_deterministic_algorithms(False)
+    half = {"dtype": torch.bfloat16}
+    x, w, up = random(3000, 4096, **half), random(4096, seed=1, **half), random(3000, 4096, seed=2, **half)
+    q, k = random(2, 8, 200, 64, **half), random(2, 2, 200, 64, seed=1, **half)
+    cos, sin = (f(random(2, 1, 200, 64, seed=4)).bfloat16() for f in (torch.cos, torch.sin))
+    docs = torch.ones(2, 200, dtype=torch.int64, device="cuda")
+    docs[0, :30] = 0
+    packed, noise = nf4.quantise(up), torch.rand(3000, device="cuda")
+    lo = torch.tensor([30, 0], dtype=torch.int32, device="cuda")
+    for name, function, inputs in (
+            ("norm", lambda x, w: norm.rms_norm(x, w, 1e-6), (x, w)),
+            ("glu", lambda a, b: glu.glu(a, b, "silu"), (x, up)),
+            ("rope", lambda q, k: rope.rope(q, k, cos, sin), (q, k)),
+            ("nf4", lambda x: nf4.nf4_linear(x, packed), (x,)),
+            ("attention", lambda q, k: A.attention(q, k, k, A.spans(200, docs=docs)), (q, k)),
+            ("decode", lambda q, k: D.decode(q[:, :, -1], k, k, lo, lo + 100), (q, k)),
+            ("sample", lambda x: sample.sample(x, noise, 0.7, 50, 0.9)[1], (x,))):
+        torch._dynamo.reset()
+        expected, got = function(*inputs), torch.compile(function, fullgraph=True)(*inputs)
+        for a, b in zip(got, expected) if isinstance(got, tuple) else ((got, expected),):
+            check(a, b, 1e-2, name)
+
+
+def test_a_compiled_model_trains_as_the_eager_one(monkeypatch):
+    """Graph breaks are allowed here, other gradients are not."""
+    monkeypatch.setenv("CHATPIXIU_KERNELS", "auto")
+    torch.use_deterministic_algorithms(False)
+    model = tiny_model().cuda()
+    ids = torch.randint(0, 90, (2, 64), device="cuda")
+    grads = []
+    for call in (model, torch.compile(model)):
+        model.zero_grad()
+        F.cross_entropy(call(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, g in grads[0].items():
+        check(grads[1][name], g, 1e-4, name)
+
+
+@HALF
+def test_a_step_of_training_over_four_bits(dtype):
+    """On the card and on a CPU: the same loss and the same gradients of the adapters."""
+    grads = {}
+    for device, kind in (("cuda", dtype), ("cpu", torch.float32)):
+        model = tiny_model()
+        for path, m in list(model.named_modules()):
+            if isinstance(m, torch.nn.Linear) and path.startswith("layers"):
+                q = nf4.quantise(m.weight.to(device))._replace(dtype=kind)
+                model.set_submodule(path, nf4.QuantisedLinear(q))
+        for part in (model.embed_tokens, model.lm_head, model.norm, *(layer.input_layernorm for layer in model.layers),
+                     *(layer.post_attention_layernorm for layer in model.layers)):
+            part.to(device, kind)
+        lora.apply(model, 4, 8.0, name="a")
+        generator = torch.Generator().manual_seed(2)
+        for _, p in lora.parameters(model, "a"):
+            p.data = (torch.randn(p.shape, generator=generator) * 0.1).to(device)
+        ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(0)).to(device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CHATPIXIU_KERNELS", "auto")
+            with lora.use(model, "a"):
+                loss = sft.batch_loss(model, ids, None, torch.ones_like(ids))
+            loss.backward()
+        grads[device] = [loss, *(p.grad for _, p in lora.parameters(model, "a"))]
+    for a, b in zip(grads["cuda"], grads["cpu"]):
+        check(a.cpu(), b, 3e-2)

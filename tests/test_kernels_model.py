@@ -62,14 +62,16 @@ def test_generation_is_the_same_with_and_without_kernels(name, monkeypatch):
     if name == "chatglm":
         ids[:, 10], ids[:, 11] = 91, 90
     out = {}
-    for kind in ("torch", "triton"):
+    for kind, graph in (("torch", False), ("triton", False), ("triton", True)):
         monkeypatch.setenv("CHATPIXIU_KERNELS", kind)
         how = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "generator": torch.Generator(DEVICE).manual_seed(1)}
         logprobs = []
-        new = model.generate(ids[:, :12], 4, (docs[:, :12] > 0).long(), logprobs=logprobs, **how)
-        out[kind] = new, torch.stack(logprobs)
-    assert torch.equal(out["torch"][0], out["triton"][0])
-    check(out["triton"][1], out["torch"][1], 1e-4)
+        new = model.generate(ids[:, :12], 4, (docs[:, :12] > 0).long(), logprobs=logprobs, graph=graph, **how)
+        out[kind, graph] = new, torch.stack(logprobs)
+    plain = out.pop(("torch", False))
+    for new, logprobs in out.values():
+        assert torch.equal(new, plain[0])
+        check(logprobs, plain[1], 1e-4)
 
 
 @pytest.mark.parametrize("capped", [False, True])

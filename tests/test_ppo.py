@@ -548,6 +548,18 @@ def test_p1_p9_p11_sampler_and_training_path_agree(temperature, merge):
     assert ((r.ref_logp - r.logp).abs() * r.response).max() > 0.1, "the example must tell policy and reference apart"
 
 
+def test_p13_a_rollout_in_steps_of_one_shape_is_the_same_rollout():
+    """(P13) --graph changes how a GPU is asked, not what is drawn, nor what the generator draws next."""
+    roles = move_policy(four_roles())
+    out = {}
+    for graph in (False, True):
+        generator = torch.Generator().manual_seed(4)
+        out[graph] = [ppo.rollout(roles, PROMPTS, TOKENIZER, config(graph=graph), generator) for _ in range(2)]
+    for plain, static in zip(out[False], out[True]):
+        assert torch.equal(plain.ids, static.ids) and torch.equal(plain.ended, static.ended)
+        assert_close(static.sampler_logp, plain.sampler_logp, 1e-5)
+
+
 def test_p49_merging_for_sampling_leaves_no_trace():
     """(P49) After a rollout with the merged adapter base and adapter are bit for bit what they were."""
     roles = move_policy(four_roles())

@@ -328,27 +328,21 @@ def test_held_out_ties_are_not_counted_as_right():
     assert reward.evaluate(first_token_judge, [], TOKENIZER, reward.Config(lora_r=4), WORLD) == {}
 
 
-@pytest.mark.parametrize("adapter", [True, False])
-def test_check_saved_reads_the_file_and_moves_the_padding(tmp_path, adapter, monkeypatch):
+@pytest.mark.parametrize("make", [adapter_model, full_model])
+def test_check_saved_reads_the_file_and_moves_the_padding(tmp_path, make, monkeypatch):
     """Sound: both differences are 0. A head that comes back as another one, or a score that is read in the last
     column, is seen. A whole model is not read a second time."""
-    body = tiny_model()
-    if adapter:
-        lora.apply(body, 4, 8.0, name="reward")
-        for k, (_, p) in enumerate(lora.parameters(body, "reward")):
-            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(k))
-    judge, groups = RewardModel(body, "reward" if adapter else None), HELD * 3
-    cfg = reward.Config(micro_batch=2, lora_r=4)
-    reward.save(judge, None, tmp_path, base="base")
-    found = reward.check_saved(judge, tmp_path, groups, TOKENIZER, cfg, WORLD)
-    assert found.pop("eval/padding_gap") < 1e-6 and found == ({"eval/saved_gap": 0.0} if adapter else {})
-    with monkeypatch.context() as patch:
-        patch.setattr(reward, "last_real", lambda mask: torch.full((len(mask),), mask.shape[1] - 1))
-        assert reward.check_saved(judge, tmp_path, groups, TOKENIZER, cfg, WORLD)["eval/padding_gap"] > 1e-3
-    if adapter:
-        with torch.no_grad():
-            judge.head.weight[0, 0] += 1e-3
-        assert reward.check_saved(judge, tmp_path, groups, TOKENIZER, cfg, WORLD)["eval/saved_gap"] > 1e-6
+    what = tmp_path, HELD * 3, TOKENIZER, reward.Config(micro_batch=2, lora_r=4), WORLD
+    reward.save(make(), None, tmp_path, base="base")
+    found = reward.check_saved(make(), *what)
+    assert found.pop("eval/padding_gap") < 1e-6
+    assert found == ({"eval/saved_gap": 0.0} if make is adapter_model else {})
+    judge = make()
+    with torch.no_grad():
+        judge.head.weight[0, 0] += 1e-3
+    assert make is not adapter_model or reward.check_saved(judge, *what)["eval/saved_gap"] > 1e-6
+    monkeypatch.setattr(reward, "last_real", lambda mask: torch.full((len(mask),), mask.shape[1] - 1))
+    assert reward.check_saved(make(), *what)["eval/padding_gap"] > 1e-3
 
 
 def test_extremes_are_the_surest_pairs_as_texts():

@@ -6,7 +6,8 @@ curve, course/check.py judges by it, the gates of make demo use the figures at t
 a run whose config.json names one (`expected`) finds it by itself, and uses it where its settings are those of the file.
 
     python demo.py --bands                     # an hour     -> course/expected/demo.json
-    python course/tree.py --bands              # minutes     -> course/expected/tree.json; so do randomwalks.py, goodhart.py
+    python course/tree.py --bands              # minutes     -> course/expected/tree.json; randomwalks.py too
+    python course/goodhart.py --bands --out_dir docs/results                          # -> course/expected/lab.json
 """
 import dataclasses
 import json
@@ -21,13 +22,19 @@ import common
 
 ROOT = Path(__file__).parent
 CLOCK = ("seconds", "tokens_per_sec")                          # what depends on the machine: no band, nor time/
-PLACES = ("seed", "out_dir", "overwrite", "resume", "bands", "seeds", "device", "dtype", "expected", "save_every")
+PLACES = ("init", "reward", "seed", "seeds", "out_dir", "overwrite", "resume", "bands", "expected", "device", "dtype",
+          "save_every")                                        # and options that move no curve
 
 
 def rows_of(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, [] where there is none. Not splitlines(): a text may hold U+2028."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n") if line]
+    """The rows of a .jsonl file. Not splitlines(): a text may hold U+2028, which JSON leaves as it is."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def log_of(folder: Path) -> list[dict]:
+    """metrics.jsonl of a run, and gold.jsonl where a judge was asked afterwards."""
+    return rows_of(folder / "metrics.jsonl") + (rows_of(folder / "gold.jsonl") if (folder / "gold.jsonl").exists()
+                                                else [])
 
 
 def spread(values: list[float]) -> list[float]:
@@ -48,8 +55,8 @@ def curves(logs: list[list[dict]], metrics: tuple[str, ...] | None = None) -> di
         steps = sorted(set.intersection(*map(set, series)))
         values = [[s[step] for s in series] for step in steps]
         if steps or metrics:
-            found[name] = {"step": steps, **{key: [float(f"{pick(v):.6g}") for v in values] for key, pick in (
-                ("low", min), ("median", statistics.median), ("high", max))}}
+            found[name] = {"step": steps, "low": [min(v) for v in values], "high": [max(v) for v in values],
+                           "median": [statistics.median(v) for v in values]}
     return found
 
 
@@ -70,11 +77,18 @@ def write(file: str | Path, result: dict, figures: dict[str, list[float]]) -> No
              "machine": platform.machine()}
     told = {"bands": {name: spread(values) for name, values in figures.items()}, "figures": figures}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(file, json.dumps({**about, **told, **result}, indent=1) + "\n")
+    common.atomic_write(file, json.dumps(rounded({**about, **told, **result}), indent=1) + "\n")
     for name, values in figures.items():
         low, high = told["bands"][name]
         print(f"{name:40} median {statistics.median(values):9.4g}   {min(values):9.4g} .. {max(values):9.4g}   band "
               f"{low:9.4g} .. {high:9.4g}")
+
+
+def rounded(x):
+    """Six digits of every number: more would only be noise, and a file of bands is read by people."""
+    if isinstance(x, dict):
+        return {name: rounded(value) for name, value in x.items()}
+    return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 def make(file: str, kinds: dict[str, object], main: Callable[[object], bool], seeds: tuple[int, ...]) -> bool:
@@ -88,7 +102,7 @@ def make(file: str, kinds: dict[str, object], main: Callable[[object], bool], se
             out = Path(cfg.out_dir) / f"{name.replace(' ', '_')}_seed_{seed}"
             if not (out / "gate.json").exists():
                 main(dataclasses.replace(cfg, seed=seed, out_dir=str(out), bands=False, overwrite=True))
-            logs.setdefault(name, []).append(rows_of(out / "metrics.jsonl"))
+            logs.setdefault(name, []).append(log_of(out))
             seconds.setdefault(name, []).append(logs[name][-1][-1]["seconds"])
             gates.setdefault(name, []).append(json.loads((out / "gate.json").read_text(encoding="utf-8"))["passed"])
     drawn = {name: curves(found) for name, found in logs.items()}

@@ -12,11 +12,14 @@ a run whose config.json names one (`expected`) finds it by itself, and uses it w
 import dataclasses
 import json
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 import common
 
@@ -77,7 +80,9 @@ def write(file: str | Path, result: dict, figures: dict[str, list[float]]) -> No
              "machine": platform.machine()}
     told = {"bands": {name: spread(values) for name, values in figures.items()}, "figures": figures}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(file, json.dumps(rounded({**about, **told, **result}), indent=1) + "\n")
+    text = json.dumps(rounded({**about, **told, **result}), indent=1)
+    lists = re.sub(r"\[[^\[\]{}]+\]", lambda numbers: " ".join(numbers[0].split()), text)     # one line each
+    common.atomic_write(file, lists + "\n")
     for name, values in figures.items():
         low, high = told["bands"][name]
         print(f"{name:40} median {statistics.median(values):9.4g}   {min(values):9.4g} .. {max(values):9.4g}   band "
@@ -94,7 +99,6 @@ def rounded(x):
 def make(file: str, kinds: dict[str, object], main: Callable[[object], bool], seeds: tuple[int, ...]) -> bool:
     """Runs every kind {name: Config} with every seed, main(Config) each, and writes the bands of all. A run that is
     there already is not run again."""
-    import torch
     logs: dict[str, list[list[dict]]] = {}
     seconds, gates = {}, {}
     for name, cfg in kinds.items():

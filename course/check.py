@@ -4,7 +4,8 @@ A rule reads metrics.jsonl and returns what it saw. Rules are arithmetic where t
 is 0, the ratio 1, the sampler's log-probabilities those of training; k1 and k3 estimate one KL; the reward adds up.
 What arithmetic cannot see, the shape may show: falling scores, a length that fills its room, an end that never comes.
 
-Beside the curves of earlier seeds (bands.py), where a run names a file of them, a run may also be merely unusual.
+Beside the curves of earlier seeds (bands.py), where a run names a file of them, a run may also be merely unusual; when
+more than a tenth of its figures are, that is a failure too.
 
     python course/check.py out/ppo                     # or a folder of runs, as make demo leaves it: out/demo
     python course/check.py out/ppo --expected course/expected/demo.json
@@ -131,7 +132,7 @@ def missing_end_is_free(log: Log, settings: dict) -> str:
 def whitening_is_off(log: Log, settings: dict) -> str:
     if not settings.get("whiten", True):
         return ""
-    x = max(log["val/advantage_rms"], key=lambda y: abs(y - 1))
+    x = statistics.median(log["val/advantage_rms"])              # once all advantages are 0, a single one may be less
     return f"val/advantage_rms is {x:.3f} and not 1" if abs(x - 1) > 1e-2 else ""
 
 
@@ -378,13 +379,14 @@ def check(folder: Path, file: Path | None = None) -> bool:
     if gate.exists():
         failed = [f"{c['name']} {c['figure']}" for c in json.loads(gate.read_text(encoding="utf-8"))["checks"]
                   if not c["ok"]]
-    found, far, note = diagnose(stage, log, settings), [], ""
+    found, far, ranges, note = diagnose(stage, log, settings), [], {}, ""
     if file := file or bands.named_by(folder, about):
         ranges, what = bands.beside(about, json.loads(file.read_text(encoding="utf-8")))
         far, note = bands.unusual(log, ranges), f", {'beside' if ranges else 'not beside'} {file.name}: {what}"
-    sound = not (failed or found or far)
+    # Of many figures one or two leave the range of five seeds by chance: of ten sound runs two did, by 2 of 37 each.
+    sound = not (failed or found or len(far) > len(ranges) / 10)
     print(f"{'PASS' if sound else 'FAIL'} {stage} ({folder}{note})")
-    for line in [f"gate: {x}" for x in failed] + [f"band: {x}" for x in far]:
+    for line in [f"gate: {x}" for x in failed] + [f"unusual: {x}" for x in far]:
         print(f"    {line}")
     for i, (rule, saw) in enumerate(found):
         print(f"    {'likeliest cause' if i == 0 else 'or'}: {rule.cause}   ({saw})")

@@ -278,9 +278,9 @@ def only_length(log: Log, settings: dict) -> str:
 
 
 def not_the_held_out_loss(log: Log, settings: dict) -> str:
-    """By more than four standard errors of the last fifth."""
+    """By more than four standard errors of the later half."""
     values, held = [x for x in log["loss"] if math.isfinite(x)], log["eval/loss"][-1]
-    tail = values[-max(2, len(values) // 5):]
+    tail = values[-max(2, len(values) // 2):]
     error, x = statistics.stdev(tail) / math.sqrt(len(tail)), statistics.mean(tail)
     return f"training loss {x:.2f}, held-out {held:.2f}" if x < held - max(0.05, 4 * error) else ""
 

@@ -202,9 +202,11 @@ def stops_ending(log: Log, settings: dict) -> str:
 
 
 def value_knows_nothing(log: Log, settings: dict) -> str:
-    values = log["val/explained_variance"]
-    x = part(values, False)
-    return f"explained variance is {x:.2f} after {len(values)} updates" if x < -0.2 and len(values) >= 20 else ""
+    """Where all answers are paid alike there is no variance to explain: then the error has fallen, and all is well."""
+    values, x = log["val/explained_variance"], part(log["val/explained_variance"], False)
+    if x >= -0.2 or len(values) < 20 or part(log["val/error_avg"], False) < 0.5 * part(log["val/error_avg"], True):
+        return ""
+    return f"explained variance is {x:.2f} after {len(values)} updates, and (V - R)^2 has not fallen"
 
 
 # ---------------------------------------------------------------- SFT

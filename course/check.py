@@ -385,7 +385,8 @@ def check(folder: Path, file: Path | None = None) -> bool:
     if file := file or bands.named_by(folder, about):
         ranges, what = bands.beside(about, json.loads(file.read_text(encoding="utf-8")))
         far, note = bands.unusual(log, ranges), f", {'beside' if ranges else 'not beside'} {file.name}: {what}"
-    # Of many figures one or two leave the range of five seeds by chance: of ten sound runs two did, by 2 of 37 each.
+    # Of many figures one or two leave the range of earlier seeds by chance: of 15 sound runs three did, by 2 of 37
+    # each, beside the other four seeds.
     sound = not (failed or found or len(far) > len(ranges) / 10)
     print(f"{'PASS' if sound else 'FAIL'} {stage} ({folder}{note})")
     for line in [f"gate: {x}" for x in failed] + [f"unusual: {x}" for x in far]:

@@ -172,6 +172,13 @@ def test_rules_of_sft_and_reward_read_the_figures_of_their_scripts(stage, change
     assert [rule.bugs[:1] for rule, _ in found[:1]] == ([(bug,)] if bug else [])
 
 
+def test_a_value_without_variance_to_explain_is_no_failure():
+    """Once all answers are paid alike the explained variance is any number; then the error has fallen."""
+    log = {"val/explained_variance": [-5.0] * 20, "val/error_avg": [1.0] * 20}
+    assert "explained variance is -5.00" in check.value_knows_nothing(log, {})
+    assert not check.value_knows_nothing(log | {"val/error_avg": [1.0] * 10 + [0.01] * 10}, {})
+
+
 def test_every_rule_stands_for_bugs_of_its_stage():
     assert all(bugs.BUGS[name].stage == rule.stage for rule in check.RULES for name in rule.bugs)
 

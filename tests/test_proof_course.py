@@ -61,6 +61,9 @@ def test_the_laboratory_in_small(tmp_path):
     for run in result["runs"].values():
         assert run[0]["kl"] == 0 and run[-1]["kl"] > 0
     assert 0.55 < result["accuracy"]["256"] < result["ceiling"]
+    stage, log, settings = check.read(tmp_path / "seed_0" / "256_labels_beta_0.2")       # a run folder like any other
+    assert stage == "ppo" and settings["labels"] == 256 and settings["kl_coef"] == 0.2
+    assert log["gold/score"] == pytest.approx([row["gold"] for row in result["runs"]["256 labels, beta 0.2"]])
     first, *_, last = result["best_of_n"]["256"]
     assert first[:2] == [1, 0.0] and last[1] == pytest.approx(math.log(8) - 7 / 8)
     assert last[2] > first[2] and last[3] > first[3]                           # some optimisation does good

@@ -1,6 +1,6 @@
 # make demo    the whole recipe on two CPU cores: SFT -> learned reward model -> PPO, a gate after each stage, a report
 # make test    every test; no network beyond the package install, no GPU
-# make bands   the demo with five seeds, written to course/expected/demo.json (hours on a laptop; the result is committed)
+# make bands   the demo and the benchmarks with five seeds, written to course/expected (hours on a laptop; the results are committed)
 # make proof   PPO against the exact answer, the reward model against its ceiling, and more: course/proof.py (half an hour)
 # make zoo     every certificate against every bug of course/bugs.py, with the curve each of them makes (half an hour)
 # make lab     the Goodhart laboratory, from nothing to its figure: over-optimisation, seen (ten minutes)
@@ -23,6 +23,9 @@ test: $(VENV)/test
 
 bands: $(VENV)/core
 	$(PY) demo.py --bands --seeds $(SEEDS) --out_dir out/bands
+	$(PY) course/tree.py --bands --seeds $(SEEDS)
+	$(PY) course/randomwalks.py --bands --seeds $(SEEDS)
+	$(PY) course/goodhart.py --bands --out_dir docs/results
 
 proof: $(VENV)/core
 	$(PY) course/proof.py

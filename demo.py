@@ -18,7 +18,6 @@ P(a above b) = sigmoid(SHARPNESS * (gold(a) - gold(b))), which is the Bradley-Te
 """
 import json
 import math
-import platform
 import random
 import statistics
 import subprocess
@@ -29,10 +28,12 @@ from pathlib import Path
 
 import torch
 
+import bands
 import checkpoints
 import common
 import report
 import sft
+from bands import rows_of
 from data import batch as data_batch
 from data import formats
 
@@ -110,11 +111,6 @@ def stage(command: list[str], out_dir: Path, seed: int, **flags) -> float:
     return time.time() - start
 
 
-def rows_of(path: Path) -> list[dict]:
-    # Not splitlines(): a text may hold U+2028, which JSON leaves as it is.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def last(rows: list[dict], name: str) -> float:
     return next(row[name] for row in reversed(rows) if name in row)
 
@@ -177,12 +173,11 @@ def measure(out: Path, labels: dict, before: list[dict], after: list[dict]) -> d
 GATED = ("sft/eval_loss", "reward/accuracy", "ppo/proxy_rise", "ppo/gold_rise", "ppo/kl")     # these have bands
 
 
-def gate(out: Path, figures: dict, before: list[dict], after: list[dict], bands: dict) -> bool:
+def gate(out: Path, figures: dict, before: list[dict], after: list[dict], expected: dict) -> bool:
     """What no stage can say by itself: did the judge's opinion rise with the learned reward, as it usually does?"""
     (proxy, proxy_error), (rise, error) = (difference(before, after, name) for name in ("score", "gold"))
-    inside = [(f"{name} in its band", bands[name][0] <= figures[name] <= bands[name][1],
-               f"{figures[name]:.3f} in [{bands[name][0]:.3f}, {bands[name][1]:.3f}]")
-               for name in GATED if name in bands]
+    inside = [(f"{name} in its band", low <= figures[name] <= high, f"{figures[name]:.3f} in [{low:.3f}, {high:.3f}]")
+              for name, (low, high) in expected.items() if name in GATED]
     return common.gate("demo", [
         ("learned reward rose", proxy > max(0.3, 2 * proxy_error),
          f"{proxy:+.2f} +- {proxy_error:.2f} on {len(before)} held-out prompts"),
@@ -192,13 +187,6 @@ def gate(out: Path, figures: dict, before: list[dict], after: list[dict], bands:
         advice="open the report. Learned reward up and gold flat is over-optimisation (raise --kl_coef); both flat is "
                "too little training; a figure outside its band: compare the curves with the bands behind them",
         run_dir=out)
-
-
-def spread(values: list[float]) -> list[float]:
-    """The band of one figure: the seeds' range, widened by half of it on either side."""
-    low, high = min(values), max(values)
-    margin = max(0.5 * (high - low), 0.02 * abs(statistics.mean(values)))
-    return [low - margin, high + margin]
 
 
 # ---------------------------------------------------------------- the demo
@@ -240,7 +228,7 @@ def run(seed: int, out: Path) -> tuple[bool, dict]:
     split_ppo(seconds, rows_of(out / "ppo" / "metrics.jsonl"))
     record = {"seed": seed, "passed": all(gates.values()), "gates": gates, "figures": figures, "labels": labels,
               "seconds": seconds, "peak_gb": peak_memory(), "threads": torch.get_num_threads(),
-              "torch": torch.__version__}
+              "torch": torch.__version__, "expected": BANDS.relative_to(HERE).as_posix()}
     runs = {name: out / name for name in model} | {"demo": out}
     report.write(out / "report.html", f"ChatPiXiu demo, seed {seed}", runs, panels, seconds, record["peak_gb"],
                  expected["curves"])
@@ -279,24 +267,6 @@ CURVES = {"sft": ("loss", "eval/loss"), "reward": ("loss", "eval/accuracy"),
                   "objective/entropy")}
 
 
-def curves(folders: list[Path]) -> dict:
-    """{stage: {metric: {step, low, median, high}}} over the seeds, for the steps that all of them have."""
-    found: dict = {}
-    for name, metrics in CURVES.items():
-        logs = [
-            rows_of(f / name / "metrics.jsonl") + (rows_of(f / name / "gold.jsonl") if name == "ppo" else [])
-            for f in folders
-        ]
-        for metric in metrics:
-            series = [{row["step"]: row[metric] for row in log if row.get(metric) is not None} for log in logs]
-            steps = sorted(set.intersection(*[set(s) for s in series]))
-            values = [[s[step] for s in series] for step in steps]
-            found.setdefault(name, {})[metric] = {
-                "step": steps, "low": [min(v) for v in values], "high": [max(v) for v in values],
-                "median": [statistics.median(v) for v in values]}
-    return found
-
-
 def make_bands(cfg: Config) -> bool:
     """Runs every seed that has not been run, then writes course/expected/demo.json."""
     folders = [Path(cfg.out_dir) / f"seed_{seed}" for seed in cfg.seeds]
@@ -305,17 +275,11 @@ def make_bands(cfg: Config) -> bool:
             run(seed, folder)
     records = [json.loads((folder / "demo.json").read_text(encoding="utf-8")) for folder in folders]
     figures = {name: [r["figures"][name] for r in records] for name in records[0]["figures"]}
-    result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-              "machine": platform.machine(),
-              "threads": records[0]["threads"], "torch": records[0]["torch"], "seeds": list(cfg.seeds),
-              "bands": {k: spread(v) for k, v in figures.items()}, "figures": figures,
-              "gates": [r["gates"] for r in records], "seconds": [sum(r["seconds"].values()) for r in records],
-              "peak_gb": [r["peak_gb"] for r in records], "curves": curves(folders)}
-    BANDS.parent.mkdir(parents=True, exist_ok=True)
-    common.atomic_write(BANDS, json.dumps(result, indent=1) + "\n")
-    for name, values in figures.items():
-        print(f"{name:20} median {statistics.median(values):7.3f}   {min(values):7.3f} .. {max(values):7.3f}   band "
-              f"{result['bands'][name][0]:7.3f} .. {result['bands'][name][1]:7.3f}")
+    drawn = {name: bands.curves([bands.log_of(f / name) for f in folders], metrics) for name, metrics in CURVES.items()}
+    bands.write(BANDS, {"threads": records[0]["threads"], "torch": records[0]["torch"], "seeds": list(cfg.seeds),
+                        "gates": [r["gates"] for r in records],
+                        "seconds": [sum(r["seconds"].values()) for r in records],
+                        "peak_gb": [r["peak_gb"] for r in records], "curves": drawn}, figures)
     return all(r["passed"] for r in records)
 
 

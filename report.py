@@ -6,6 +6,7 @@ do the figures mean (docs/metrics.md). Curves are SVG by hand: they scale to a p
 to the pointer. A null in metrics.jsonl was no number and leaves a gap.
 
     python report.py out/sft                                        # -> out/sft/report.html
+    python report.py out/tree                                       # with the curves that its config.json names
     python report.py out/sft out/reward out/ppo --out report.html --bands course/expected/demo.json
 """
 import argparse
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import common
+from bands import beside, named_by
 
 GLOSSARY = Path(__file__).parent / "docs" / "metrics.md"
 # Per script: title of a plot, its metrics, values that its axis always reaches. What else was logged is folded away.
@@ -309,17 +311,20 @@ def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: lis
           timing: dict[str, float] | None = None, memory_gb: float | None = None, bands: dict | None = None,
           notes: list[str] | None = None) -> None:
     """One report of `runs` {stage: run folder}; panels: [{"prompt", "answers": {model: text}, "gold": {model: score}}];
-    timing: {part: seconds}, without it from the logs; bands: {stage: {metric: {"step", "low", "median", "high"}}}."""
+    timing: {part: seconds}, without it from the logs; bands: {name or script: {metric: {"step", "low", "median",
+    "high"}}}."""
     stages, (meanings, healthy) = [read_run(name, Path(folder)) for name, folder in runs.items()], glossary()
     told = [(p["prompt"], {name: text + (f"\n[gold {number(p['gold'].get(name))}]" if "gold" in p else "")
                            for name, text in p["answers"].items()}) for p in panels or []]
     sections = {"Gates": f'<div class="gates">{"".join(map(gate, stages))}</div>', "Side by side": side_by_side(told)}
     for stage in stages:
-        sections[f"Curves: {stage.name}"] = curves(stage, (bands or {}).get(stage.kind, {}), healthy) + samples(stage)
+        ranges = next((bands[key] for key in (stage.name, stage.kind) if key in (bands or {})), {})
+        sections[f"Curves: {stage.name}"] = curves(stage, ranges, healthy) + samples(stage)
     sections |= {"Where the time goes": costs(stages, timing or {}, memory_gb),
                  "Versions and commands": "".join(map(versions, stages)), "What the figures mean": meanings}
     sections = {name: text for name, text in sections.items() if text}
-    notes = [*(notes or []), *["Shaded behind a curve: the range of earlier seeds; dotted: their median"] * bool(bands)]
+    shaded = any((bands or {}).values())
+    notes = [*(notes or []), *["Shaded behind a curve: the range of earlier seeds; dotted: their median"] * shaded]
     nav = [*map(esc, notes), " ".join(f'<a href="#p{i}">{esc(name)}</a>' for i, name in enumerate(sections))]
     body = "".join(f'<h2 id="p{i}">{esc(name)}</h2>{text}' for i, (name, text) in enumerate(sections.items()))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -334,15 +339,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
-    parser.add_argument("--bands", type=Path, help="a file that make bands wrote: draws the range of its seeds")
+    parser.add_argument("--bands", type=Path, help="a file of course/expected: draws the range of its seeds; else "
+                        "the one that a run's config.json names")
     args = parser.parse_args()
-    bands = read_lines(args.bands)[0] if args.bands and args.bands.exists() else {}
-    if args.bands and not bands.get("curves"):
+    if args.bands and not (args.bands.exists() and read_lines(args.bands)[0].get("curves")):
         raise common.UserError(f"--bands {args.bands} does not exist or holds no curves: make bands writes such a file")
-    kinds = [(read_lines(run / "config.json") or [{}])[0].get("stage", run.name) for run in args.runs]
+    abouts = [(read_lines(run / "config.json") or [{}])[0] for run in args.runs]
+    kinds = [about.get("stage", run.name) for about, run in zip(abouts, args.runs)]
     runs = {kind if kinds.count(kind) == 1 else f"{kind} {run}": run for kind, run in zip(kinds, args.runs)}
-    write(out := args.out or args.runs[0] / "report.html", ", ".join(runs), runs, bands=bands.get("curves"))
-    print(f"wrote {out}")
+    bands, notes = {}, []
+    for (name, run), about, kind in zip(runs.items(), abouts, kinds):
+        if file := args.bands or named_by(run, about):
+            bands[name], what = beside({"stage": kind, "config": {}, **about}, read_lines(file)[0])
+            notes.append(f"{name}: {'curves' if bands[name] else 'no curves'} of {file.name} ({what})")
+    write(out := args.out or args.runs[0] / "report.html", ", ".join(runs), runs, bands=bands, notes=notes)
+    print(f"wrote {out}", *notes, sep="\n")
 
 
 if __name__ == "__main__":

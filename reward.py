@@ -162,7 +162,7 @@ def group_loss(scores: Tensor, sizes: list[int], center: float = 0.0) -> tuple[T
 @torch.no_grad()
 def evaluate(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, world: common.World) -> dict:
     """Held-out accuracy over all pairs with its interval, beside the accuracy of "the longer answer wins"."""
-    right = longer = pairs = margin = 0.0
+    right = longer = pairs = margin = loss = 0.0
     for start in range(0, len(groups), cfg.micro_batch * world.size):
         part = groups[start:start + cfg.micro_batch * world.size][world.rank::world.size]
         if not part:
@@ -176,22 +176,26 @@ def evaluate(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, wo
             # a tie is a coin
             longer += float((n[better] > n[worse]).sum()) + 0.5 * float((n[better] == n[worse]).sum())
             margin += float((s[better] - s[worse]).sum())
+            loss += float(pair_loss(s[better], s[worse]))
             pairs += len(better)
-    right, longer, pairs, margin = (common.all_sum(x) for x in (right, longer, pairs, margin))
+    right, longer, pairs, margin, loss = (common.all_sum(x) for x in (right, longer, pairs, margin, loss))
     if not pairs:
         return {}
     low, high = accuracy_interval(right, pairs)
-    return {"eval/accuracy": right / pairs, "eval/accuracy_low": low, "eval/accuracy_high": high,
+    return {"eval/loss": loss / len(groups), "eval/accuracy": right / pairs, "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
             "eval/longer_wins": longer / pairs, "eval/margin": margin / pairs, "eval/pairs": pairs}
 
 
 @torch.no_grad()
-def reference_scores(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, world: common.World) -> Tensor:
-    """Scores of up to normalize_on answers, good and bad alike, the same on every rank."""
+def reference_scores(reward: RewardModel, groups: list[dict], tokenizer, cfg: Config, world: common.World,
+                     padding: int = 0) -> Tensor:
+    """Scores of up to normalize_on answers, good and bad alike, the same on every rank; padding: columns more."""
     answers = [ids for group in groups for ids in group["sequences"]][:cfg.normalize_on]
     scores = []
     for i in range(0, len(answers), 2 * cfg.micro_batch):
         ids, mask = data_batch.pad(answers[i:i + 2 * cfg.micro_batch], tokenizer.pad_id)
+        ids, mask = F.pad(ids, (0, padding), value=tokenizer.pad_id), F.pad(mask, (0, padding))
         with autocast(world, cfg.lora_r == 0):
             scores.append(reward(ids.to(world.device), mask.to(world.device)))
     return torch.cat(scores)
@@ -269,6 +273,20 @@ def load(directory: str | Path, base: Transformer | None = None, name: str = "re
         if note.exists():
             reward.head.bias.fill_(json.loads(note.read_text(encoding="utf-8"))["bias"])
     return reward
+
+
+@torch.no_grad()
+def check_saved(reward: RewardModel, folder: Path, groups: list[dict], tokenizer, cfg: Config,
+                world: common.World) -> dict[str, float]:
+    """What PPO will read: how far scores are from the live ones when the adapter comes back from its file (a whole
+    model is not read a second time), and how far three columns of padding move them. 0 and rounding."""
+    live = reference_scores(reward, groups, tokenizer, cfg, world)
+    padded = reference_scores(reward, groups, tokenizer, cfg, world, padding=3)
+    found = {"eval/padding_gap": float((padded - live).abs().max())}
+    if reward.adapter:
+        again = reference_scores(load(folder, base=reward.model, name="saved"), groups, tokenizer, cfg, world)
+        found["eval/saved_gap"] = float((again - live).abs().max())
+    return found
 
 
 # ---------------------------------------------------------------- training
@@ -390,6 +408,8 @@ def main(cfg: Config) -> bool:
     if world.main:
         extremes(reward, held, tokenizer, cfg, world, run, step)
         save(reward, tokenizer, out / "model", base=str(checkpoints.resolve(cfg.init)))
+        if cfg.normalize_on:
+            run.log(step, check_saved(reward, out / "model", train, tokenizer, cfg, world))
     common.barrier()
     accuracy, low, high = (measured.get(f"eval/accuracy{x}", float("nan")) for x in ("", "_low", "_high"))
     return common.gate("reward", [

@@ -160,6 +160,13 @@ def answer(model: Transformer, prompts: list[list[int]], tokenizer, max_new_toke
     return answers
 
 
+def in_the_loss(ids: Tensor, mask: Tensor, eos_ids) -> tuple[int, int]:
+    """Of the tensors a step computes with: supervised tokens, and those of them that are end tokens."""
+    keep = mask[:, 1:] == 1
+    ends = torch.isin(ids[:, 1:], torch.tensor(sorted(eos_ids), device=ids.device))
+    return int(keep.sum()), int((keep & ends).sum())
+
+
 @torch.no_grad()
 def evaluate(model: Transformer, samples: list[dict], tokenizer, cfg: Config, world: common.World) -> dict[str, float]:
     """Held-out loss per supervised token; each rank takes every size-th sample."""
@@ -172,6 +179,14 @@ def evaluate(model: Transformer, samples: list[dict], tokenizer, cfg: Config, wo
                 total += float(batch_loss(model, ids, docs, mask, n_tokens=1))
             count += float((mask[:, 1:] == 1).sum())
     return {"eval/loss": common.all_sum(total) / max(1.0, common.all_sum(count))}
+
+
+def packing_gap(model: Transformer, rows: list[dict], tokenizer, cfg: Config, world: common.World) -> float:
+    """|loss of packed rows - loss of the same samples, a row each|: 0 up to rounding, or they see each other."""
+    alone = [{key: [x for x, doc in zip(row[key], row["docs"]) if doc == k] for key in ("ids", "mask")}
+             for row in rows for k in dict.fromkeys(row["docs"])]
+    return abs(evaluate(model, rows, tokenizer, cfg, world)["eval/loss"] -
+               evaluate(model, alone, tokenizer, cfg, world)["eval/loss"])
 
 
 def sample_answers(model: Transformer, rows: list[dict], tokenizer, cfg: Config, run: common.Run, step: int) -> float:
@@ -272,6 +287,8 @@ def main(cfg: Config) -> bool:
                 measured = evaluate(model, held, tokenizer, cfg, world)
                 if step in (0, steps):
                     measured["eval/eos_rate"] = sample_answers(model, talks, tokenizer, cfg, run, step)
+                if step == 0 and "docs" in train[0]:
+                    measured["eval/packing_gap"] = packing_gap(model, train[:cfg.micro_batch], tokenizer, cfg, world)
             first = first or measured
             run.log(step, measured, show=("eval/loss", "eval/eos_rate"))
         if step == steps:
@@ -281,13 +298,14 @@ def main(cfg: Config) -> bool:
         started = time.perf_counter()
         rows = sorted(batches.next(), key=lambda row: len(row["ids"]))        # similar lengths together: less padding
         n_tokens = common.all_sum(sum(sum(row["mask"][1:]) for row in rows))
-        step_loss = 0.0
+        step_loss, counts = 0.0, []
         for i in range(0, len(rows), cfg.micro_batch):
             ids, docs, mask = collate(rows[i:i + cfg.micro_batch], tokenizer.pad_id, world.device)
             with use(), autocast(world, full):
                 part = batch_loss(model, ids, docs, mask, n_tokens)
             part.backward()
             step_loss += float(part.detach())
+            counts.append(in_the_loss(ids, mask, tokenizer.eos_ids))
         if step == 0:
             common.check_gradients(list(model.named_parameters()))
         common.sync_gradients([p for _, p in trainable])
@@ -303,8 +321,9 @@ def main(cfg: Config) -> bool:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        tokens = common.all_sum(sum(len(row["ids"]) for row in rows))
-        run.log(step, {"loss": step_loss, "lr": lr, "grad_norm": norm, "num_tokens": n_tokens,
+        tokens, seen, ends = (common.all_sum(sum(x)) for x in ([len(row["ids"]) for row in rows], *zip(*counts)))
+        run.log(step, {"loss": step_loss, "lr": lr, "grad_norm": norm, "num_tokens": n_tokens, "num_end_tokens": ends,
+                       "loss_weight": seen / max(1, n_tokens),
                        "tokens_per_sec": tokens / (time.perf_counter() - started)},
                        show=("loss", "lr", "tokens_per_sec"))
         if step % cfg.save_every == 0 or step == steps:

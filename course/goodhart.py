@@ -15,7 +15,10 @@ a fault, that thanks belong at the end, that words need an order. The reward mod
     python course/goodhart.py                      # five seeds on two cores, ten minutes -> out/lab        (make lab)
     python course/goodhart.py --seeds 0 --out_dir /tmp/lab
     python course/goodhart.py --draw --out_dir docs/results        # figure and table again from goodhart.json
+    python course/goodhart.py --bands --out_dir docs/results       # its curves -> course/expected/lab.json
+    python report.py out/lab/seed_0/2000_labels_beta_0             # every PPO run is a run folder too
 """
+import dataclasses
 import json
 import math
 import os
@@ -35,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import bands  # noqa: E402
 import checkpoints  # noqa: E402
 import common  # noqa: E402
 import ppo  # noqa: E402
@@ -60,8 +64,10 @@ class Config:
     samples: int = 1024                # answers per prompt that n of are drawn from
     # --- run ---
     workers: int = 0                   # seeds at a time; 0: as many as there are cores
-    out_dir: str = "out/lab"
+    out_dir: str = "out/lab"           # goodhart.json, its figure and its table
+    runs: str = "out/lab"              # run folders, one for every PPO run; empty: none
     draw: bool = False                 # only draw again what goodhart.json holds
+    bands: bool = False                # only write course/expected/lab.json from it
 
 
 # ---------------------------------------------------------------- the language
@@ -207,12 +213,26 @@ def accuracy(judge: RewardModel, pairs: list[dict]) -> float:
 
 # ---------------------------------------------------------------- stage 3: the proxy is optimised
 
-def climb(folder: Path, proxy: str, beta: float, cfg: Config, seed: int, **changes) -> tuple[list[dict], list[str]]:
-    """PPO against a reward model: KL, proxy and gold of every update's answers, and answers of the last one."""
-    run = ppo.Config(**{"init": str(folder / "sft"), "reward": str(folder / proxy), "steps": cfg.steps,
-                        "batch_size": cfg.batch_size, "micro_batch": cfg.batch_size, "response_len": ROOM,
-                        "kl_coef": beta, "lr": cfg.lr, "value_lr": cfg.lr, "schedule": "constant", "lora_r": 0,
-                        "missing_eos": -2.0, "seed": seed, **changes})
+@dataclass
+class Climb(ppo.Config):
+    # --- laboratory ---
+    labels: int = 0                    # pairs that the reward model has learned from
+    expected: str = "course/expected/lab.json"
+
+
+def climb_settings(cfg: Config, labels: int, beta: float, seed: int, **changes) -> Climb:
+    return Climb(**{"labels": labels, "steps": cfg.steps, "batch_size": cfg.batch_size, "micro_batch": cfg.batch_size,
+                    "response_len": ROOM, "kl_coef": beta, "lr": cfg.lr, "value_lr": cfg.lr, "schedule": "constant",
+                    "lora_r": 0, "missing_eos": -2.0, "seed": seed, **changes})
+
+
+def climb(folder: Path, proxy: str, beta: float, cfg: Config, seed: int, out: Path | None = None,
+          **changes) -> tuple[list[dict], list[str]]:
+    """PPO against a reward model: KL, proxy and gold of every update's answers, and answers of the last one. `out`: a
+    run folder with all that ppo.py logs, for report.py and check.py."""
+    where = {"init": str(folder / "sft"), "reward": str(folder / proxy), "overwrite": True}
+    run = climb_settings(cfg, int(proxy) if proxy.isdigit() else 0, beta, seed, **where, **changes)
+    record = common.Run(out, "ppo", run, WORLD) if out else None
     model, _ = checkpoints.load(run.init, "cpu", torch.float32)
     roles = ppo.separate(run, model, WORLD)
     learner, rng, history = ppo.start(roles, run, WORLD), random.Random(seed), []
@@ -222,6 +242,8 @@ def climb(folder: Path, proxy: str, beta: float, cfg: Config, seed: int, **chang
         truth = gold_rows(r.ids, r.mask, r.response)
         history.append({"step": step, "kl": figures["objective/kl"], "proxy": figures["objective/scores"],
                         "gold": float(truth.mean()), "length": figures["val/response_length"]})
+        if record:
+            record.append("metrics.jsonl", [{"step": step + 1, **figures, "gold/score": float(truth.mean())}])
     texts = [f"{row['prompt']}  {row['answer']}   (proxy {row['score']:+.1f}, gold {g:+.1f})"
              for row, g in zip(ppo.describe(r, TOKENIZER, "train")[:4], truth.tolist())]
     return history, texts
@@ -274,7 +296,9 @@ def laboratory(cfg: Config, seed: int) -> dict:
             reward_stage.save(judge, None, folder / str(n), base=str(folder / "sft"))
         for n, beta in [(middle, b) for b in cfg.betas] + [(n, cfg.betas[0]) for n in cfg.labels if n != middle]:
             key = f"{n} labels, beta {beta:g}"
-            result["runs"][key], result["texts"][key] = climb(folder, str(n), beta, cfg, seed)
+            out = Path(cfg.runs) / f"seed_{seed}" / f"{n}_labels_beta_{beta:g}"
+            result["runs"][key], result["texts"][key] = climb(folder, str(n), beta, cfg, seed,
+                                                              out if cfg.runs else None)
     return result | {"seconds": time.perf_counter() - t0}
 
 
@@ -376,9 +400,33 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "```"]) + "\n"
 
 
+NAMES = {"kl": "objective/kl", "proxy": "objective/scores", "gold": "gold/score", "length": "val/response_length"}
+
+
+def write_bands(result: dict) -> bool:
+    """Median and range over the seeds of goodhart.json, per PPO run, under the names of ppo.py's log."""
+    cfg, logs, kinds = common.parse(Config, result["command"].split()[2:]), {}, {}
+    for key in result["runs"][0]["runs"]:
+        logs[key] = [[{"step": row["step"] + 1, **{name: row[ours] for ours, name in NAMES.items()}}
+                      for row in r["runs"][key]] for r in result["runs"]]
+        n, beta = key.replace(" labels, beta ", " ").split()
+        kinds[key] = bands.settings(dataclasses.asdict(climb_settings(cfg, int(n), float(beta), 0)))
+        assert len(logs[key][0]) == cfg.steps, f"{len(logs[key][0])} updates, {result['command']} says {cfg.steps}"
+    figures = {f"{key}: {name}": values for key, found in logs.items()
+               for name, values in bands.at_the_end(found, NAMES.values()).items()}
+    bands.write(bands.ROOT / Climb.expected, {
+        "recorded": {name: result[name] for name in ("command", "date", "machine")}, "threads": 1,
+        "torch": result["torch"], "seeds": [r["seed"] for r in result["runs"]],
+        "seconds": [r["seconds"] for r in result["runs"]], "settings": kinds,
+        "curves": {key: bands.curves(found) for key, found in logs.items()}}, figures)
+    return True
+
+
 def main(cfg: Config) -> bool:
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    if cfg.bands:
+        return write_bands(json.loads((out / "goodhart.json").read_text(encoding="utf-8")))
     if not cfg.draw:
         began, workers = time.perf_counter(), min(cfg.workers or os.cpu_count() or 1, len(cfg.seeds))
         runs = []

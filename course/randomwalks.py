@@ -8,9 +8,12 @@ PPO is paid by optimality, without a price of KL:
 It is a demonstration more than a proof: five of the eight classic mistakes that can be made here pass it (the zoo's
 certificates do not let them). The graph is that of seed 1000, as in the original.
 
-    python course/randomwalks.py               # one seed, a line every ten updates
+    python course/randomwalks.py               # -> out/randomwalks, a run folder for report.py and check.py
+    python course/randomwalks.py --bands       # five seeds -> course/expected/randomwalks.json
 """
+import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import bands  # noqa: E402
 import common  # noqa: E402
 import ppo  # noqa: E402
 import sft  # noqa: E402
@@ -30,6 +34,26 @@ from reward import RewardModel  # noqa: E402
 NODES, ROOM, GOAL = 21, 9, 0                                   # ROOM: steps behind the first node
 WORLD = common.World(torch.device("cpu"), torch.float32)
 TOKENIZER = SimpleNamespace(eos_ids=[GOAL], pad_id=GOAL, decode=lambda ids: " ".join(map(str, ids)))
+
+
+@dataclass
+class Config(ppo.Config):
+    # --- randomwalks ---
+    steps: int = 100
+    batch_size: int = 128
+    micro_batch: int = 128
+    response_len: int = ROOM
+    kl_coef: float = 0.0
+    missing_eos: float | None = None
+    lr: float = 3e-4
+    value_lr: float = 1e-3
+    schedule: str = "constant"
+    lora_r: int = 0
+    out_dir: str = "out/randomwalks"
+    # --- expected curves ---
+    expected: str = "course/expected/randomwalks.json" # drawn behind this run's, where the settings are the same
+    bands: bool = False                # run all seeds and write that file
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 class Graph:
@@ -88,12 +112,13 @@ def copy(model: Transformer) -> Transformer:
     return other
 
 
-def train(seed: int, steps: int = 100, show: bool = False, **changes) -> list[float]:
+def train(seed: int, steps: int = 100, **changes) -> list[float]:
     """Mean optimality of the fine-tuned model's answers, then of each update's, all sampled at temperature 1."""
-    graph = Graph()
-    cfg = ppo.Config(**{"steps": steps, "batch_size": 128, "micro_batch": 128, "response_len": ROOM, "kl_coef": 0.0,
-                        "missing_eos": None, "lr": 3e-4, "value_lr": 1e-3, "schedule": "constant", "lora_r": 0,
-                        "seed": seed, **changes})
+    return walk(Config(seed=seed, steps=steps, **changes))
+
+
+def walk(cfg: Config, run: common.Run | None = None) -> list[float]:
+    graph, seed = Graph(), cfg.seed
     model = fine_tune(graph, seed)
     value = RewardModel(copy(model))
     ppo.start_value(value, None)
@@ -101,15 +126,27 @@ def train(seed: int, steps: int = 100, show: bool = False, **changes) -> list[fl
     roles = ppo.Roles(model, copy(model).requires_grad_(False), graph.judge, value, None)
     learner, draw = ppo.start(roles, cfg, WORLD), torch.Generator().manual_seed(seed)
     curve = []
-    for step in range(steps):
+    for step in range(cfg.steps):
         starts = torch.randint(len(graph.starts), (cfg.batch_size,), generator=draw).tolist()
         _, figures = ppo.improve(roles, learner, [{"ids": [graph.starts[i]]} for i in starts], TOKENIZER, cfg, WORLD,
                                  step)
         curve.append(figures["objective/scores"])
-        if show and step % 10 == 0:
-            print(f"{step:4}  optimality {curve[-1]:.3f}  length {figures['val/response_length']:.2f}", flush=True)
+        if run:
+            run.log(step + 1, figures, show=("objective/scores", "val/response_length", "val/eos_rate"))
     return curve
 
 
+def main(cfg: Config) -> bool:
+    if cfg.bands:
+        return bands.make(cfg.expected, {"randomwalks": cfg}, main, cfg.seeds)
+    torch.set_num_threads(1)                                   # the models are tiny: a second thread would only wait
+    run = common.Run(cfg.out_dir, "ppo", cfg, WORLD)
+    run.total = cfg.steps
+    curve = walk(cfg, run)
+    best = max(statistics.mean(curve[max(0, i - 5):i]) for i in range(1, len(curve) + 1))
+    return common.gate("randomwalks", [("optimality at least 0.98", best >= 0.98, f"{best:.3f} over five updates")],
+                       advice="the demonstration is known to work: python course/check.py RUN_DIR", run=run)
+
+
 if __name__ == "__main__":
-    train(0, show=True)
+    common.main(lambda: main(common.parse(Config)))

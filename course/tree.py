@@ -15,13 +15,17 @@ The KL-regularised objective and its optimum are sums over 121 terms (Korbak et 
 Models, rollouts, scores and updates are those of ppo.py; what is computed here, from plain log-softmaxes, is the answer
 they are compared with.
 
-    python course/tree.py                      # one run, a line every ten updates
+    python course/tree.py                      # whole models -> out/tree, a run folder for report.py and check.py
+    python course/tree.py --lora_r 8 --lr 3e-3 --value_lr 3e-3 --out_dir out/adapters      # adapters on one base
+    python course/tree.py --bands              # both, five seeds each -> course/expected/tree.json
 """
 import dataclasses
 import itertools
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import bands  # noqa: E402
 import checkpoints  # noqa: E402
 import common  # noqa: E402
 import lora  # noqa: E402
@@ -47,11 +52,28 @@ TOKENIZER = SimpleNamespace(eos_ids=[END], pad_id=END, decode=lambda ids: "".joi
 WORLD = common.World(torch.device("cpu"), torch.float32)
 
 
-def config(**changes) -> ppo.Config:
-    """The settings under which the thresholds were measured."""
-    return ppo.Config(**{"steps": 100, "batch_size": 256, "micro_batch": 256, "response_len": R, "temperature": 0.7,
-                         "kl_coef": 0.3, "lr": 1e-3, "value_lr": 1e-3, "lora_r": 0, "missing_eos": MISSING_END,
-                         **changes})
+@dataclass
+class Config(ppo.Config):
+    # --- as the thresholds were measured ---
+    steps: int = 60
+    batch_size: int = 256
+    micro_batch: int = 256
+    response_len: int = R
+    temperature: float = 0.7
+    kl_coef: float = 0.3
+    lr: float = 1e-3
+    value_lr: float = 1e-3
+    lora_r: int = 0                    # 8, with rates of 3e-3: adapters on one base
+    missing_eos: float | None = MISSING_END
+    out_dir: str = "out/tree"
+    # --- expected curves ---
+    expected: str = "course/expected/tree.json"        # drawn behind this run's, where the settings are the same
+    bands: bool = False                # run all seeds in both layouts and write that file
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+
+def config(**changes) -> Config:
+    return Config(**changes)
 
 
 # ---------------------------------------------------------------- the language
@@ -108,24 +130,35 @@ def network(seed: int, width: int = 64) -> Transformer:
     return model
 
 
-def teach(judge: RewardModel, seed: int, steps: int = 80) -> RewardModel:
-    """reward.py's loss on rankings of four answers: gold plus Gumbel noise, which is Bradley & Terry's."""
-    generator, r = torch.Generator().manual_seed(seed), everything()
+def rankings(n: int, generator: torch.Generator) -> Iterator[list[dict]]:
+    """Batches of n rankings of four answers, best first: gold plus Gumbel noise, which is Bradley & Terry's."""
+    r = everything()
     truth = torch.where(r.ended, gold(r.ids, r.mask, r.response), MISSING_END)
     sequences = [ids[mask == 1].tolist() for ids, mask in zip(r.ids, r.mask)]
-    params = [(n, p) for n, p in judge.named_parameters() if p.requires_grad and "lm_head" not in n]
-    optimizer = torch.optim.Adam([p for _, p in params], lr=3e-3)
-    for _ in range(steps):
+    while True:
         groups = []
-        for k in range(32):
+        for k in range(n):
             rows = torch.randint(0, 121, (4,), generator=generator) + 121 * (k % 4)
             noise = -(-torch.rand(4, generator=generator).log()).log()
             best = (2 * truth[rows] + noise).argsort(descending=True)
             groups.append({"sequences": [sequences[i] for i in rows[best]]})
+        yield groups
+
+
+def teach(judge: RewardModel, seed: int, steps: int = 80, log: list[dict] | None = None) -> RewardModel:
+    """reward.py's loss on rankings; `log` gets what reward.py logs of each step."""
+    batches, r = rankings(32, torch.Generator().manual_seed(seed)), everything()
+    params = [(n, p) for n, p in judge.named_parameters() if p.requires_grad and "lm_head" not in n]
+    optimizer = torch.optim.Adam([p for _, p in params], lr=3e-3)
+    for step, groups in zip(range(steps), batches):
         ids, mask, sizes = reward_stage.collate(groups, END, "cpu")
-        (reward_stage.group_loss(judge(ids, mask), sizes)[0] / len(groups)).backward()
+        total, margin = reward_stage.group_loss(judge(ids, mask), sizes)
+        (total / len(groups)).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if log is not None:
+            log.append({"step": step + 1, "loss": float(total.detach()) / len(groups), "margin": float(margin.mean()),
+                        "accuracy": float((margin > 0).float().mean())})
     with torch.no_grad():
         judge.normalize(judge(r.ids, r.mask))
     return judge
@@ -190,21 +223,35 @@ class Exact:
                 "exact/gold": float((p * self.gold).sum(1).mean())}
 
 
-def train(roles: ppo.Roles, cfg: ppo.Config, every: int = 10, show: bool = False) -> list[dict[str, float]]:
-    """cfg.steps updates with ppo.py; its figures of each update, with the exact regret and KL every few of them."""
+def train(roles: ppo.Roles, cfg: ppo.Config, every: int = 10, run: common.Run | None = None) -> list[dict[str, float]]:
+    """cfg.steps updates with ppo.py; its figures of each update, with the exact regret and KL every few of them, and at
+    the end whether the reference has moved."""
     exact, learner, history = Exact(roles, cfg), ppo.start(roles, cfg, WORLD), []
+    before = ppo.fingerprint(roles.reference)
     batch = [{"ids": PROMPTS[i % 4]} for i in range(cfg.batch_size)]
     for step in range(cfg.steps):
         _, figures = ppo.improve(roles, learner, batch, TOKENIZER, cfg, WORLD, step)
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
             figures |= exact.figures()
-            if show:
-                print(f"{step + 1:4}  reward {figures['objective/scores']:6.3f}  KL {figures['exact/kl']:6.3f}  regret "
-                      f"{figures['exact/regret']:.4f}", flush=True)
+        if step + 1 == cfg.steps:
+            figures["eval/reference_moved"] = float(ppo.fingerprint(roles.reference) != before)
+        if run:
+            run.log(step + 1, figures, show=("objective/scores", "objective/kl", "exact/kl", "exact/regret"))
         history.append({"step": step + 1, **figures})
     return history
 
 
+def main(cfg: Config) -> bool:
+    if cfg.bands:
+        return bands.make(cfg.expected, {"whole models": cfg, "adapters": dataclasses.replace(
+            cfg, lora_r=8, lr=3e-3, value_lr=3e-3)}, main, cfg.seeds)
+    torch.set_num_threads(1)                                   # the models are tiny: a second thread would only wait
+    run = common.Run(cfg.out_dir, "ppo", cfg, WORLD)
+    run.total = cfg.steps
+    regret = train(build(cfg), cfg, every=2, run=run)[-1]["exact/regret"]
+    return common.gate("tree", [("regret at most 0.02", regret <= 0.02, f"{regret:.4f}")], run=run,
+                       advice="the answer is known: python course/check.py RUN_DIR, then make proof and make zoo")
+
+
 if __name__ == "__main__":
-    settings = common.parse(ppo.Config, ["--config", *sys.argv[2:]]) if sys.argv[1:2] == ["--config"] else config()
-    train(build(settings), settings, show=True)
+    common.main(lambda: main(common.parse(Config)))

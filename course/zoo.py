@@ -6,6 +6,8 @@ model its accuracy, of fine-tuning the loss, with the range of the sound runs be
 
     python course/zoo.py               # -> docs/results/zoo.json, zoo.md, zoo.svg      (make zoo)
     python course/zoo.py --draw        # table and figure again from zoo.json
+    python course/zoo.py --no_certificates --seeds 3,4,5 --name zoo_check      # only logs, to judge check.py with
+    python course/check.py --zoo docs/results/zoo_check.json                   # -> docs/results/zoo_check.md
 """
 import contextlib
 import json
@@ -46,6 +48,8 @@ class Config:
     out_dir: str = str(RESULTS)
     only: tuple[str, ...] = ()         # bugs; empty: all
     curves: bool = True                # false: only what catches which, in half of the time
+    certificates: bool = True          # false: only the curves; what is known of the certificates stays
+    name: str = "zoo"                  # of the files in out_dir
     resume: bool = False               # keep the bugs that zoo.json holds already
     draw: bool = False                 # only draw again what zoo.json holds
 
@@ -57,30 +61,41 @@ def ppo_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
     settings = {"micro_batch": cfg.batch_size, **settings}
     run = tree.config(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, **settings)
     rows = tree.train(tree.build(run), run, every=2)
-    return {name: [[row["step"], round(row[name], 6)] for row in rows if name in row] for name in rows[-1]
-            if name != "step" and not name.startswith("time/")}
+    return columns(rows)
+
+
+def columns(rows: list[dict]) -> dict[str, list]:
+    """Rows of a log as {metric: [[step, value], ...]}; what depends on the machine is left out."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [[row["step"], round(float(row[name]), 6)] for row in rows if name in row] for name in names
+            if name not in ("step", "lr", "tokens_per_sec") and not name.startswith("time/")}
 
 
 def reward_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
-    """Accuracy against the true reward, of the model as it comes back from its file."""
-    truth, accuracy = tree.Exact(tree.build(tree.config(seed=seed)), tree.config(seed=seed)).gold.flatten(), []
-    r = tree.everything()
+    """What reward.py logs, and the accuracy against the true reward of the model as it comes back from its file."""
+    truth, rows = tree.Exact(tree.build(tree.config(seed=seed)), tree.config(seed=seed)).gold.flatten(), []
+    r, run = tree.everything(), reward_stage.Config(micro_batch=16)
+    held = next(tree.rankings(256, torch.Generator().manual_seed(seed + 1000)))
     better = (truth[:, None] > truth[None]).nonzero()
     for steps in (1, 5, 10, 20, 40, 80):
         body = tree.network(seed)
         torch.manual_seed(seed)
         lora.apply(body, 8, 16.0, name="reward")
-        judge = tree.teach(RewardModel(body, "reward"), seed, steps)
+        judge, log = RewardModel(body, "reward"), []
+        tree.teach(judge, seed, steps, log)
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             reward_stage.save(judge, None, Path(folder), base="base")
             scores = reward_stage.load(folder, base=tree.network(seed))(r.ids, r.mask)
-        accuracy.append([steps, float((scores[better[:, 0]] > scores[better[:, 1]]).float().mean())])
-    return {"accuracy": accuracy}
+            figures = reward_stage.check_saved(judge, Path(folder), held, tree.TOKENIZER, run, tree.WORLD)
+        figures |= reward_stage.evaluate(judge, held, tree.TOKENIZER, run, tree.WORLD)
+        figures["exact/accuracy"] = float((scores[better[:, 0]] > scores[better[:, 1]]).float().mean())
+        rows.append({"step": steps, **figures})
+    return columns(log) | columns(rows)
 
 
 def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
-    """Loss per supervised token of answers drawn from the optimal policy of beta 1, by plain log-softmax, and the share
-    of sampled answers that end."""
+    """What sft.py logs of answers drawn from the optimal policy of beta 1, and their held-out loss per supervised token
+    by plain log-softmax."""
     exact = tree.Exact(tree.build(tree.config(seed=seed)), tree.config(seed=seed))
     generator = torch.Generator().manual_seed(seed)
     weights = (exact.ref + exact.gold).flatten().exp()
@@ -88,8 +103,8 @@ def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
     for i in torch.multinomial(weights, 1024, replacement=True, generator=generator).tolist():
         ids, n = r.ids[i][r.mask[i] == 1].tolist(), int(r.response[i].sum())
         rows.append({"ids": ids, "mask": [0] * (len(ids) - n) + [1] * n})
-    train, held = data_batch.pack(rows[:768], 24), rows[768:]
-    net, curve, ended = tree.network(seed + 1), [], []
+    train, held, log = data_batch.pack(rows[:768], 24), rows[768:], []
+    net, run = tree.network(seed + 1), sft.Config(micro_batch=4)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     batches = data_batch.Batches(train, 16, seed)
     for step in range(61):
@@ -97,21 +112,29 @@ def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
             with torch.no_grad():
                 total = sum(float(-net(torch.tensor([row["ids"]])).log_softmax(-1)[0, t - 1, row["ids"][t]])
                             for row in held for t in range(len(row["ids"])) if row["mask"][t])
-            curve.append([step, total / sum(sum(row["mask"]) for row in held)])
-            ids, mask = data_batch.pad(tree.PROMPTS * 32, tree.END, side="left")
-            new = net.generate(ids, 8, mask, eos_ids=[tree.END], generator=generator)
-            ended.append([step, float((new == tree.END).any(1).float().mean())])
-        batch = batches.next()
+            answers = sft.answer(net, tree.PROMPTS, tree.TOKENIZER, 8)
+            log.append({"step": step, "exact/loss": total / sum(sum(row["mask"]) for row in held),
+                        **sft.evaluate(net, held, tree.TOKENIZER, run, tree.WORLD),
+                        "eval/eos_rate": statistics.mean(ids[-1] == tree.END for ids in answers)})
+        if step == 0:
+            log[0]["eval/packing_gap"] = sft.packing_gap(net, train[:4], tree.TOKENIZER, run, tree.WORLD)
+        batch, loss, counts = batches.next(), 0.0, []
         n = sum(sum(row["mask"][1:]) for row in batch)
         for i in range(0, len(batch), 4):
-            sft.batch_loss(net, *sft.collate(batch[i:i + 4], tree.END, "cpu"), n).backward()
+            ids, docs, mask = sft.collate(batch[i:i + 4], tree.END, "cpu")
+            part = sft.batch_loss(net, ids, docs, mask, n)
+            part.backward()
+            loss += float(part.detach())
+            counts.append(sft.in_the_loss(ids, mask, tree.TOKENIZER.eos_ids))
         optimizer.step()
         optimizer.zero_grad()
-    return {"loss": curve, "eos_rate": ended}
+        seen, ends = map(sum, zip(*counts))
+        log.append({"step": step + 1, "loss": loss, "num_tokens": n, "num_end_tokens": ends, "loss_weight": seen / n})
+    return columns(log)
 
 
 CURVES = {"ppo": ppo_curve, "reward": reward_curve, "sft": sft_curve}
-SHOWN = {"ppo": "exact/regret", "reward": "accuracy", "sft": "loss"}
+SHOWN = {"ppo": "exact/regret", "reward": "exact/accuracy", "sft": "exact/loss"}       # how good it is in truth
 
 
 def curves(cfg: Config, stage: str, settings: dict, name: str | None) -> list[dict]:
@@ -141,19 +164,20 @@ def judge(name: str | None) -> dict[str, str]:
 
 
 def measure(cfg: Config, file: Path) -> dict:
-    assert not (failed := judge(None)), f"without any bug these fail: {failed}"
+    assert not cfg.certificates or not (failed := judge(None)), f"without any bug these fail: {failed}"
     settings = {"seeds": list(cfg.seeds), "steps": cfg.steps, "batch_size": cfg.batch_size}
     result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
               **settings, "bugs": {}, "sound": {}}
-    if cfg.resume and file.exists():
-        old = json.loads(file.read_text(encoding="utf-8"))
-        if all(old[key] == value for key, value in settings.items()):
-            result = old
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"bugs": {}}
+    if cfg.resume and all(old.get(key) == value for key, value in settings.items()):
+        result = old
     wanted = [item for item in bugs.BUGS.values() if not cfg.only or item.name in cfg.only]
     for item in wanted:                                                        # the table first: it is the proof
         if item.name not in result["bugs"]:
             key = f"{item.stage} {json.dumps(SETTINGS.get(item.name, {}))}"
-            result["bugs"][item.name] = {"stage": item.stage, "sound": key, "caught": judge(item.name), "curves": []}
+            known = old["bugs"].get(item.name, {}).get("caught", {})
+            caught = judge(item.name) if cfg.certificates else known
+            result["bugs"][item.name] = {"stage": item.stage, "sound": key, "caught": caught, "curves": []}
             common.atomic_write(file, json.dumps(result) + "\n")
             print(f"{item.name:24} {', '.join(result['bugs'][item.name]['caught'])}", flush=True)
     for item in wanted if cfg.curves else ():
@@ -223,12 +247,15 @@ def main(cfg: Config) -> bool:
     warnings.simplefilter("ignore")
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{cfg.name}.json"
     if not cfg.draw:
-        measure(cfg, out / "zoo.json")
-    result = json.loads((out / "zoo.json").read_text(encoding="utf-8"))
-    common.atomic_write(out / "zoo.md", table(result))
+        measure(cfg, file)
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if not any(entry["caught"] for entry in result["bugs"].values()):          # logs alone: they are for check.py
+        return True
+    common.atomic_write(file.with_suffix(".md"), table(result))
     drawn = any(entry["curves"] for entry in result["bugs"].values())
-    common.atomic_write(out / "zoo.svg", draw(result) if drawn else "")
+    common.atomic_write(file.with_suffix(".svg"), draw(result) if drawn else "")
     free = [name for name, entry in result["bugs"].items() if not entry["caught"]]
     hidden = sum(not seen(e, result["sound"][e["sound"]], e["stage"]) for e in result["bugs"].values() if e["curves"])
     return common.gate("zoo", [("every bug is caught", not free, f"{len(result['bugs']) - len(free)} of "

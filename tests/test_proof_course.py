@@ -1,4 +1,6 @@
 """The laboratory, the benchmarks with a known answer, and the tools around them (course/), in small."""
+import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -52,12 +54,16 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
 
 def test_the_laboratory_in_small(tmp_path):
     """All three stages and the figure, end to end: KL 0 at first, the proxy better than a coin, every panel drawn."""
-    cfg = goodhart.Config(seeds=(0,), labels=(64, 256), betas=(0.0, 0.2), steps=3, batch_size=32, samples=16)
+    cfg = goodhart.Config(seeds=(0,), labels=(64, 256), betas=(0.0, 0.2), steps=3, batch_size=32, samples=16,
+                          runs=str(tmp_path))
     result = goodhart.laboratory(cfg, 0)
     assert set(result["runs"]) == {"256 labels, beta 0", "256 labels, beta 0.2", "64 labels, beta 0"}
     for run in result["runs"].values():
         assert run[0]["kl"] == 0 and run[-1]["kl"] > 0
     assert 0.55 < result["accuracy"]["256"] < result["ceiling"]
+    stage, log, settings = check.read(tmp_path / "seed_0" / "256_labels_beta_0.2")       # a run folder like any other
+    assert stage == "ppo" and settings["labels"] == 256 and settings["kl_coef"] == 0.2
+    assert log["gold/score"] == pytest.approx([row["gold"] for row in result["runs"]["256 labels, beta 0.2"]])
     first, *_, last = result["best_of_n"]["256"]
     assert first[:2] == [1, 0.0] and last[1] == pytest.approx(math.log(8) - 7 / 8)
     assert last[2] > first[2] and last[3] > first[3]                           # some optimisation does good
@@ -123,27 +129,61 @@ def test_two_processes_have_the_gradient_of_one():
 
 # ---------------------------------------------------------------- check.py
 
-def log_of(name: str | None, steps: int = 2) -> dict:
-    """The log of a few PPO updates on the tree, with a bug."""
-    cfg = tree.config(steps=steps, batch_size=32, micro_batch=16)
-    if name:
-        with bugs.inject(name):
-            rows = tree.train(tree.build(cfg), cfg, every=steps)
-    else:
+def log_of(name: str | None, steps: int = 2) -> tuple[dict, dict]:
+    """The log of a few PPO updates on the tree, with a bug, and the settings of that run."""
+    changes = {"lora_r": 8, "lr": 3e-3} if name in ("norms_left_trainable", "merge_by_subtraction") else {}
+    cfg = tree.config(steps=steps, batch_size=32, micro_batch=16, merge=name == "merge_by_subtraction", **changes)
+    with bugs.inject(name) if name else contextlib.nullcontext():
         rows = tree.train(tree.build(cfg), cfg, every=steps)
-    return {key: [row[key] for row in rows] for key in rows[0]}
+    return {key: [row[key] for row in rows if key in row] for key in rows[-1]}, dataclasses.asdict(cfg)
 
 
 @pytest.mark.parametrize("name", ["temperature_forgotten", "mask_forgotten", "dropout_in_scoring", "greedy_rollouts",
                                   "reference_is_the_base", "score_on_every_token", "kl_missing", "k3_in_reward",
-                                  "mean_of_means", "stale_sampler"])
+                                  "mean_of_means", "stale_sampler", "score_behind_the_end", "missing_end_ignored",
+                                  "value_through_padding", "whiten_over_padding", "returns_whitened", "clip_min_max",
+                                  "value_clip_min_max", "norms_left_trainable", "merge_by_subtraction"])
 def test_the_exact_rules_name_the_bug_after_few_updates(name):
-    found = check.diagnose("ppo", log_of(name, 4 if name == "stale_sampler" else 2), {"response_len": 4})
+    found = check.diagnose("ppo", *log_of(name, {"stale_sampler": 4, "returns_whitened": 6}.get(name, 2)))
     assert found and name in found[0][0].bugs, [(rule.cause, saw) for rule, saw in found]
 
 
 def test_a_sound_run_raises_no_alarm():
-    assert check.diagnose("ppo", log_of(None, 4), {"response_len": 4}) == []
+    assert check.diagnose("ppo", *log_of(None, 4)) == []
+    log, settings = log_of(None, 2)
+    assert check.diagnose("ppo", log, settings | {"whiten": False, "kl_target": 1.0}) == []
+
+
+SFT = {"loss": [1.4, 1.3, 1.2], "eval/loss": [1.4, 1.2], "eval/eos_rate": [0.5, 1.0], "eval/packing_gap": [1e-7],
+       "loss_weight": [1.0, 1.0, 1.0], "num_end_tokens": [9.0, 8.0, 9.0]}
+REWARD = {"loss": [0.69, 0.5, 0.48, 0.5], "eval/loss": [0.7, 0.5], "eval/accuracy": [0.5, 0.7], "accuracy": [0.6] * 4,
+          "eval/longer_wins": [0.5, 0.5], "eval/saved_gap": [0.0], "eval/padding_gap": [1e-6]}
+
+
+@pytest.mark.parametrize("stage, change, bug", [
+    ("sft", {}, None), ("reward", {}, None),
+    ("sft", {"loss_weight": [1.0, 1.9, 1.0]}, "prompt_supervised"),
+    ("sft", {"loss_weight": [0.7] * 3, "num_end_tokens": [0.0] * 3}, "end_not_supervised"),
+    ("sft", {"loss": [5.6, 5.2, 4.8]}, "sft_mean_of_means"), ("sft", {"eval/packing_gap": [4e-3]}, "packing_leaks"),
+    ("sft", {"eval/loss": [1.3, 0.01]}, "no_shift"), ("sft", {"eval/eos_rate": [0.5, 0.1]}, "end_not_supervised"),
+    ("reward", {"eval/saved_gap": [0.3]}, "head_lost_on_save"),
+    ("reward", {"eval/padding_gap": [0.4]}, "score_at_last_column"),
+    ("reward", {"loss": [0.69, 0.5, 0.3, 0.31]}, "only_the_best"),
+    ("reward", {"loss": [0.69, math.inf, math.nan, 0.5]}, "log_of_sigmoid")])
+def test_rules_of_sft_and_reward_read_the_figures_of_their_scripts(stage, change, bug):
+    found = check.diagnose(stage, {**(SFT if stage == "sft" else REWARD), **change}, {})
+    assert [rule.bugs[:1] for rule, _ in found[:1]] == ([(bug,)] if bug else [])
+
+
+def test_a_value_without_variance_to_explain_is_no_failure():
+    """Once all answers are paid alike the explained variance is any number; then the error has fallen."""
+    log = {"val/explained_variance": [-5.0] * 20, "val/error_avg": [1.0] * 20}
+    assert "explained variance is -5.00" in check.value_knows_nothing(log, {})
+    assert not check.value_knows_nothing(log | {"val/error_avg": [1.0] * 10 + [0.01] * 10}, {})
+
+
+def test_every_rule_stands_for_bugs_of_its_stage():
+    assert all(bugs.BUGS[name].stage == rule.stage for rule in check.RULES for name in rule.bugs)
 
 
 def test_check_reads_a_run_folder(tmp_path, capsys):
@@ -151,7 +191,7 @@ def test_check_reads_a_run_folder(tmp_path, capsys):
     run.mkdir()
     about = {"stage": "ppo", "config": {"response_len": 4}, "dtype": "torch.float32"}
     (run / "config.json").write_text(json.dumps(about), encoding="utf-8")
-    rows = log_of(None, 3)
+    rows, _ = log_of(None, 3)
     write = "\n".join(json.dumps({k: v[i] for k, v in rows.items() if i < len(v)}) for i in range(3))
     (run / "metrics.jsonl").write_text(write, encoding="utf-8")
     assert check.main([str(tmp_path)])

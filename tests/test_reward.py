@@ -316,6 +316,8 @@ def test_r18_accuracy_margin_and_longer_wins_by_hand(micro_batch):
     measured = reward.evaluate(first_token_judge, HELD, TOKENIZER, cfg, WORLD)
     assert measured["eval/pairs"] == 5 and measured["eval/accuracy"] == pytest.approx(0.6)
     assert measured["eval/margin"] == pytest.approx(0.8) and measured["eval/longer_wins"] == pytest.approx(0.3)
+    by_hand = [math.log1p(math.exp(-5)), math.log1p(math.exp(5)), sum(math.log1p(math.exp(-m)) for m in (3, 2, -1)) / 3]
+    assert measured["eval/loss"] == pytest.approx(sum(by_hand) / 3, rel=1e-6)
     interval = measured["eval/accuracy_low"], measured["eval/accuracy_high"]
     assert interval == pytest.approx(reward.accuracy_interval(3, 5))
 
@@ -324,6 +326,23 @@ def test_held_out_ties_are_not_counted_as_right():
     same = [{"sequences": [[5, END], [5, 1, END]], "prompt_len": 1, "where": "a:1"}]
     assert reward.evaluate(first_token_judge, same, TOKENIZER, reward.Config(lora_r=4), WORLD)["eval/accuracy"] == 0
     assert reward.evaluate(first_token_judge, [], TOKENIZER, reward.Config(lora_r=4), WORLD) == {}
+
+
+@pytest.mark.parametrize("make", [adapter_model, full_model])
+def test_check_saved_reads_the_file_and_moves_the_padding(tmp_path, make, monkeypatch):
+    """Sound: both differences are 0. A head that comes back as another one, or a score that is read in the last
+    column, is seen. A whole model is not read a second time."""
+    what = tmp_path, HELD * 3, TOKENIZER, reward.Config(micro_batch=2, lora_r=4), WORLD
+    reward.save(make(), None, tmp_path, base="base")
+    found = reward.check_saved(make(), *what)
+    assert found.pop("eval/padding_gap") < 1e-6
+    assert found == ({"eval/saved_gap": 0.0} if make is adapter_model else {})
+    judge = make()
+    with torch.no_grad():
+        judge.head.weight[0, 0] += 1e-3
+    assert make is not adapter_model or reward.check_saved(judge, *what)["eval/saved_gap"] > 1e-6
+    monkeypatch.setattr(reward, "last_real", lambda mask: torch.full((len(mask),), mask.shape[1] - 1))
+    assert reward.check_saved(make(), *what)["eval/padding_gap"] > 1e-3
 
 
 def test_extremes_are_the_surest_pairs_as_texts():

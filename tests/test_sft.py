@@ -283,6 +283,24 @@ def test_collate_gives_document_numbers_as_soon_as_one_row_needs_them():
     assert sft.collate([one, one], 9, "cpu")[1] is None
 
 
+def test_what_is_in_the_loss_is_counted_in_the_tensors():
+    """Of [7 8 | 9 END] two tokens, one of them an end; of [5 | 6 END END] cut behind its first end another two and one.
+    The first token of a row is predicted by nothing: it does not count."""
+    ids = torch.tensor([[7, 8, 9, 2], [5, 6, 2, 2], [2, 7, 7, 7]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]])
+    assert sft.in_the_loss(ids, mask, [2]) == (4, 2) and sft.in_the_loss(ids, mask, [2, 9]) == (4, 3)
+
+
+def test_packing_gap_is_rounding_and_tells_leaking_documents(monkeypatch):
+    """Packed rows lose what their samples lose alone; a collate that forgets the document numbers is seen."""
+    model, rows = tiny_model(), data_batch.pack(talks((5, 9, 6, 11, 3, 8)), 20)
+    what = model, rows, TOKENIZER, sft.Config(micro_batch=2), WORLD
+    assert sft.packing_gap(*what) < 1e-6
+    real = sft.collate
+    monkeypatch.setattr(sft, "collate", lambda *args: (lambda ids, docs, mask: (ids, None, mask))(*real(*args)))
+    assert sft.packing_gap(*what) > 1e-4
+
+
 # ---------------------------------------------------------------- arithmetic
 
 def test_s13_the_loss_is_taken_in_fp32():

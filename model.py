@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import glu, norm, rope
+from kernels import blocks, glu, norm, rope
 from kernels.backend import use_triton
 from kernels.bounds import Bounds, bounds
 from sampling import Cache, decode, left_pad
@@ -295,7 +295,7 @@ def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tupl
 
 # ---------------------------------------------------------------- attention
 
-SHORT = 256      # queries up to which a CPU does better with plain matrix products than with the library's attention
+SHORT = 256      # queries up to which a CPU takes them all at once and keeps the scores; above it kernels/blocks.py
 
 
 def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: Tensor, dtype: torch.dtype,
@@ -322,8 +322,9 @@ def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: T
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Bounds | None, scale: float | None = None,
-           softcap: float | None = None) -> Tensor:
-    """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real."""
+           softcap: float | None = None, ahead: bool = True) -> Tensor:
+    """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real. ahead=False: bias
+    hides every key behind its query."""
     B, H, T, D = q.shape
     if isinstance(bias, Bounds):
         return bias.attend(q, k, v, scale, softcap)
@@ -331,11 +332,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Bounds | None, scale:
     if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu") or softcap):
         # Attention as on paper, with the G heads that share a key head folded into the rows of one matrix: no key is
         # copied. On a CPU it is five times faster than the library's attention for short rows, ten for one token.
+        k, v = k.contiguous(), v.contiguous()          # or the product copies them, transposed number by number
         scores = (q.reshape(B, K, G * T, D) @ k.transpose(2, 3)).view(B, K, G, T, -1) * scale
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         scores = scores + bias.view(B, -1, max(1, bias.shape[1] // K), T, bias.shape[-1])    # (B, K, G, T, S)
         probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return (probs.view(B, K, G * T, -1) @ v).view(B, H, T, D)
+    if q.device.type == "cpu":                         # with the gradient in half of the library's time
+        return blocks.attend(q, k, v, bias, scale, ahead)
     if bias is None and q.is_cuda:                                             # there the library shares heads itself
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G > 1)
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
@@ -351,7 +355,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.out_bias)
         self.full, self.clip, self.head_dim = config.qk_norm == "full", config.clip_qkv, D
-        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.scale, self.softcap, self.ahead = config.attention_scale, config.attention_softcap, bool(config.prefix_ids)
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.qk_norm:
             self.q_norm, self.k_norm = (HeadNorm(n, D, config.norm_eps) if config.qk_norm == "own" else
@@ -371,7 +375,7 @@ class Attention(nn.Module):
             q, k = rotate_both(q, k, *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attend(q, k, v, bias, self.scale, self.softcap)
+        out = attend(q, k, v, bias, self.scale, self.softcap, self.ahead)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

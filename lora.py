@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import sampling
 from checkpoints import live
 from common import UserError
 
-LARGEST = 10**9                            # weights of which `packed` makes a copy
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,7 +49,6 @@ class LoRALinear(nn.Linear):
         self.merged: str | None = None                               # the adapter that `weight` contains just now
         # And the weight without it, to restore it exactly; in a tuple, or it would be a parameter of the model.
         self.original: tuple[nn.Parameter] | None = None
-        self.packed: tuple | None = None                             # see `packed` below
 
     def add(self, name: str, r: int, scale: float) -> None:
         device = self.weight.device
@@ -63,11 +62,6 @@ class LoRALinear(nn.Linear):
         return self.scale[name] * (self.lora_B[name].float() @ self.lora_A[name].float())      # (out, in)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            both, bias, B, scale = self.packed                        # (out + r, in), (out + r), (r, out)
-            y = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), both, bias, "none", [], "")
-            y, h = y.split((self.out_features, B.shape[0]), dim=-1)
-            return torch.addmm(y, h, B, alpha=scale).view(*x.shape[:-1], self.out_features)
         y = F.linear(x, self.weight, self.bias)
         name = self.switch.active
         if self.merged is not None and name != self.merged:
@@ -78,6 +72,21 @@ class LoRALinear(nn.Linear):
         h = F.linear(x.to(y.dtype), A)                                # (..., r)
         # One fused product instead of "multiply, scale, add": y + scale * h B^T.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=self.scale[name]).view_as(y)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """`forward` as sampling.packed wants it: x W^T and x A^T are one product with [W; A]."""
+        name = self.switch.active
+        if name not in self.scale or self.merged == name:
+            return sampling.pack(self.weight, self.bias)
+        A, B = self.lora_A[name].to(self.weight.dtype), self.lora_B[name].to(self.weight.dtype).t().contiguous()
+        bias = None if self.bias is None else F.pad(self.bias, (0, len(A)))
+        both, sizes, scale = sampling.pack(torch.cat((self.weight, A)), bias), (len(self.weight), len(A)), self.scale[name]
+
+        def forward(x: Tensor) -> Tensor:
+            y, h = both(x.flatten(0, -2)).split(sizes, dim=-1)
+            return torch.addmm(y, h, B, alpha=scale).view(*x.shape[:-1], sizes[0])
+
+        return forward
 
 
 # ---------------------------------------------------------------- put on, choose, train
@@ -210,25 +219,9 @@ def merged(model: nn.Module, name: str):
 
 @contextlib.contextmanager
 def packed(model: nn.Module, name: str | None):
-    """`use` for sampling on a CPU in bf16, the same bits a fifth faster: W and A become one matrix, laid out once as
-    the matrix units read it: x W^T and x A^T are one product. Costs a copy of the weights while the block lasts."""
-    mine = [m for _, m in layers(model, name)] if name else []
-    fits = torch.backends.mkldnn.is_available() and 0 < sum(m.weight.numel() for m in mine) <= LARGEST
-    with use(model, name):
-        if not fits or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.bfloat16 for m in mine):
-            yield model
-            return
-        try:
-            with torch.no_grad():
-                for m in mine:
-                    A, B = m.lora_A[name].bfloat16(), m.lora_B[name].bfloat16()
-                    both = torch.ops.mkldnn._reorder_linear_weight(torch.cat((m.weight, A)), 32)
-                    bias = None if m.bias is None else F.pad(m.bias, (0, A.shape[0]))
-                    m.packed = (both, bias, B.t().contiguous(), m.scale[name])
-            yield model
-        finally:
-            for m in mine:
-                m.packed = None
+    """`use` for sampling, the same bits faster where sampling.packed can: the adapter may not change meanwhile."""
+    with use(model, name), sampling.packed(model):
+        yield model
 
 
 def strip(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ One integer `mask` (B, T) says everything about padding and packing:
 
     from checkpoints import load; m, t = load('smollm2-135m'); t.decode(m.generate(t.prompt('Hi'), 9)[0])
 """
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import blocks, glu, norm, rope
 from kernels.backend import use_triton
 from kernels.bounds import Bounds, bounds
-from sampling import Cache, decode, left_pad
+from sampling import Cache, decode, left_pad, packed, shared
 
 
 @dataclass
@@ -442,6 +443,9 @@ def linear_head(head: nn.Module) -> tuple[Tensor, Tensor | None, float] | None:
     return (head.weight, head.bias, getattr(head, "cap", 0.0)) if plain else None
 
 
+WORTH_PACKING = 16     # new tokens from which `generate` packs the matrices: that takes as long as five to ten tokens
+
+
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -547,7 +551,8 @@ class Transformer(nn.Module):
         its end token and is filled with pad_id behind it. on_token((B,) ids) is called after every step; a list given
         as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn."""
         ids, mask = left_pad(ids, mask)
-        cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, ids.device, self.embed_tokens.weight.dtype)
+        size, dtype = ids.shape[1] + max_new_tokens, self.embed_tokens.weight.dtype
+        cache = Cache(self.config, len(ids), size, ids.device, dtype)
 
         scaling = self.config.rope_scaling or {}
         trained = scaling.get("original_max_position_embeddings") or self.config.max_positions
@@ -561,6 +566,19 @@ class Transformer(nn.Module):
                 cache.length = 0
             return self.lm_head(self.hidden(new, mask, cache)[:, -1])
 
-        first = following(ids, None if bool(mask.all()) else mask)
-        return decode(first, lambda new: following(new[:, None]), cache.keep, max_new_tokens, temperature, top_k, top_p,
-                      eos_ids, generator, pad_id, on_token, logprobs)
+        with packed(self) if max_new_tokens >= WORTH_PACKING else contextlib.nullcontext():
+            if len(ids) > 1 and self.reads_in_order(size):
+                begin, ids, mask = shared(ids, mask)
+                if len(begin):
+                    one = Cache(self.config, 1, len(begin), ids.device, dtype)
+                    self.hidden(begin[None], None, one)
+                    cache.begin_with(one)
+            first = following(ids, None if bool(mask.all()) else mask)
+            return decode(first, lambda new: following(new[:, None]), cache.keep, max_new_tokens, temperature, top_k,
+                          top_p, eos_ids, generator, pad_id, on_token, logprobs)
+
+    def reads_in_order(self, size: int) -> bool:
+        """May the beginning of a text of `size` tokens be read before the rest is known, and pads stand behind it? Not
+        where it sees what follows, where angles depend on the length, where a window counts columns."""
+        config, kind = self.config, (self.config.rope_scaling or {}).get("rope_type")
+        return not config.prefix_ids and kind not in ("dynamic", "longrope") and (config.window or size) >= size

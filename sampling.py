@@ -3,16 +3,18 @@
     logits -> / temperature -> the top_k best -> the fewest whose probability reaches top_p -> one of them at random
 
 A model gives `decode` its first logits and two functions: the logits behind a new token, and which rows to go on with.
-`Cache` is where an attention keeps the keys and values of what it has read.
+`Cache` is where an attention keeps the keys and values of what it has read; `shared` finds the tokens that all prompts
+begin with, which are read once; `packed` lays the matrices out for a CPU's matrix units.
 
 Shapes:  B batch   V vocabulary   n new tokens
 """
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import sample as kernel
 from kernels.backend import use_triton
@@ -64,6 +66,12 @@ class Cache:
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def begin_with(self, one: "Cache") -> None:
+        """Every row has read what the only row of another cache has read."""
+        n = self.length = one.length
+        self.k[:, :, :, :n], self.v[:, :, :, :n] = one.k[:, :, :, :n], one.v[:, :, :, :n]
+        self.docs[:, :n], self.ids[:, :n] = one.docs[:, :n], one.ids[:, :n]
+
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows only: a row that has ended must not cost anything any more."""
         self.k, self.v, self.docs, self.ids = self.k[:, rows], self.v[:, rows], self.docs[rows], self.ids[rows]
@@ -77,6 +85,46 @@ def left_pad(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     assert bool((mask > 0).any(1).all()), "a row of the batch has no real token: generate needs at least one per prompt"
     order = (mask > 0).long().argsort(dim=1, stable=True)      # pads first, real tokens keep their order
     return ids.gather(1, order), (mask > 0).long().gather(1, order)
+
+
+def shared(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What all prompts begin with (n,), the rest and its mask (B, P - n); at least one token of each prompt is rest.
+    Rows of `left_pad`:  [[0, 5, 6, 7], [5, 6, 8, 9]], [[0, 1, 1, 1], [1, 1, 1, 1]]
+    ->  [5, 6], [[6, 7], [8, 9]], [[0, 1], [1, 1]]      a chat format's system prompt is half of many prompts"""
+    P, lengths = ids.shape[1], mask.sum(1)                                     # (B,)
+    index = torch.arange(P, device=ids.device)
+    start = (P - lengths[:, None] + index).clamp(max=P - 1)                    # pads to the right, for once
+    begin = ids.gather(1, start)[:, :int(lengths.min()) - 1]
+    n = int((begin == begin[:1]).all(0).long().cumprod(0).sum())
+    return begin[0, :n], ids[:, n:], (index >= P - lengths[:, None] + n).long()[:, n:]
+
+
+LARGEST = 10**9                            # weights of which `packed` makes a copy
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module):
+    """The same bits in two thirds of the time, for a bf16 model on a CPU: each matrix is laid out once as the matrix
+    units read it, where an ordinary product does it anew every time. Costs a copy of the weights while it lasts."""
+    linears = [m for m in model.modules() if type(m) is nn.Linear or hasattr(m, "pack")]
+    linears = [m for m in linears if "forward" not in vars(m)]                 # not packed by a block around this one
+    fits = torch.backends.mkldnn.is_available() and sum(m.weight.numel() for m in linears) <= LARGEST
+    if not fits or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.bfloat16 for m in linears):
+        linears = []
+    try:
+        with torch.no_grad():
+            for m in linears:
+                m.forward = m.pack() if hasattr(m, "pack") else pack(m.weight, m.bias)
+        yield model
+    finally:
+        for m in linears:
+            vars(m).pop("forward", None)               # the one of its class again
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """F.linear with this weight, for good."""
+    matrix = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
 
 
 def sample(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int | None = None,

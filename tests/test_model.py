@@ -23,7 +23,7 @@ from model import (
     rope_tables,
     rotate,
 )
-from sampling import left_pad, sample
+from sampling import left_pad, packed, sample, shared
 
 FP32, FP64 = 2e-5, 1e-10               # largest difference to transformers, relative to the largest logit
 INF = math.inf
@@ -795,6 +795,64 @@ def test_log_probabilities_of_generate_equal_a_full_forward():
     logits = model(torch.cat((ids, new), 1), torch.cat((mask, chosen), 1))[:, ids.shape[1] - 1:-1] / 0.7
     expected = logits.log_softmax(-1).gather(2, new[:, :, None])[:, :, 0] * chosen
     assert torch.allclose(torch.stack(steps, 1), expected, atol=1e-4)
+
+
+def test_shared_examples():
+    ids, mask = torch.tensor([[0, 5, 6, 7], [5, 6, 8, 9]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    begin, rest, seen = shared(ids, mask)
+    assert begin.tolist() == [5, 6] and seen.tolist() == [[0, 1], [1, 1]] and rest[seen.bool()].tolist() == [7, 8, 9]
+    begin, rest, seen = shared(torch.tensor([[5, 6, 7]] * 2), torch.ones(2, 3, dtype=torch.int64))
+    assert begin.tolist() == [5, 6] and rest.tolist() == [[7], [7]] and seen.tolist() == [[1], [1]]
+    ids, mask = torch.tensor([[9, 9, 5], [5, 6, 7]]), torch.tensor([[0, 0, 1], [1, 1, 1]])     # one token: no beginning
+    begin, rest, seen = shared(ids, mask)
+    assert begin.tolist() == [] and torch.equal(rest, ids) and torch.equal(seen, mask)
+    assert shared(torch.tensor([[4, 5, 6], [3, 5, 6]]), torch.ones(2, 3, dtype=torch.int64))[0].tolist() == []
+
+
+SHARING = {"rope": {}, "alibi": {"positions": "alibi"}, "learned": {"positions": "learned"}, "wide": {"window": 40},
+           "yarn": {"rope_scaling": ROPES["yarn"][0]}, "partial": {"rope_dim": 8}}
+NOT_SHARING = {"window": {"window": 12}, "dynamic": {"rope_scaling": ROPES["dynamic_long"][0], "max_positions": 8},
+               "glm": {"positions": "rope_2d", "prefix_ids": (90, 91)}}
+
+
+@pytest.mark.parametrize("name", [*SHARING, *NOT_SHARING])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_beginning_that_all_prompts_share_is_read_once(name, side):
+    """Nine tokens that all begin with, prompts of 13, 10 and 15 tokens: the tokens are drawn with the probabilities
+    that one forward over the whole text gives, and only where it is allowed the model reads less."""
+    model = tiny_model(**(SHARING | NOT_SHARING)[name])
+    ids, mask = ragged(side, lengths=(13, 10, 15))
+    for row, real in zip(ids, mask.bool()):
+        row[real.nonzero()[:9, 0]] = torch.arange(20, 29)
+    read, hidden, drawn = [], model.hidden, []
+    model.hidden = lambda new, *rest: (read.append(new.numel()), hidden(new, *rest))[1]
+    new = model.generate(ids, 7, mask, generator=torch.Generator().manual_seed(3), logprobs=drawn)
+    del model.hidden
+    assert sum(read[:-6]) == (9 + 3 * 6 if name in SHARING else 45)
+    if name == "dynamic":              # the angles of a key are those of the length at which it was read
+        return
+    ids, mask = left_pad(ids, mask)
+    logp = model(torch.cat((ids, new), 1), torch.cat((mask, torch.ones_like(new)), 1))[:, -8:-1].log_softmax(-1)
+    assert_close(torch.stack(drawn, 1), logp.gather(2, new[:, :, None])[:, :, 0], FP32)
+
+
+def test_a_packed_model_is_the_same_in_bf16():
+    """The bits of every linear with and without a bias, of the head too; undone afterwards; in fp32 nothing happens."""
+    model = tiny_model(qkv_bias=True, mlp_bias=True)
+    with packed(model):
+        assert not any("forward" in vars(m) for m in model.modules())
+    model.bfloat16()
+    ids, mask = ragged("left")
+    with torch.no_grad():
+        expected = model(ids, mask)
+        text = model.generate(ids, 3, mask, temperature=0)
+        with packed(model), packed(model):
+            inside = [m for m in model.modules() if "forward" in vars(m)]
+            assert len(inside) == 7 * model.config.num_layers + 1
+            assert torch.equal(model(ids, mask), expected)
+            assert torch.equal(model.generate(ids, 3, mask, temperature=0), text)
+        assert not any("forward" in vars(m) for m in model.modules())
+        assert torch.equal(model.generate(ids, 20, mask, temperature=0)[:, :3], text)          # packs by itself
 
 
 def test_generate_leaves_no_graph_and_passes_settings_on():

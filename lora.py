@@ -80,7 +80,8 @@ class LoRALinear(nn.Linear):
             return sampling.pack(self.weight, self.bias)
         A, B = self.lora_A[name].to(self.weight.dtype), self.lora_B[name].to(self.weight.dtype).t().contiguous()
         bias = None if self.bias is None else F.pad(self.bias, (0, len(A)))
-        both, sizes, scale = sampling.pack(torch.cat((self.weight, A)), bias), (len(self.weight), len(A)), self.scale[name]
+        both, scale = sampling.pack(torch.cat((self.weight, A)), bias), self.scale[name]
+        sizes = len(self.weight), len(A)
 
         def forward(x: Tensor) -> Tensor:
             y, h = both(x.flatten(0, -2)).split(sizes, dim=-1)

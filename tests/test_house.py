@@ -13,6 +13,7 @@ ORDER = ["sampling", "model", "lora", "data", "sft", "reward", "ppo"]
 LEAVES = {"common", "memory", "checkpoints", "kernels"}
 ALLOWED = {"torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "regex", "jinja2"}
 OPTIONAL = {"demo.py": {"vaderSentiment"}, "bench.py": {"transformers", "peft"},
+            "bench_recipe.py": {"transformers", "peft"},
             "data/tokenizer_makers.py": {"jieba"},
             "kernels/backend.py": {"triton"}, "kernels/e2e.py": {"transformers", "peft"},
             "kernels/bench_rows.py": {"liger_kernel", "trl", "cut_cross_entropy"},

@@ -57,8 +57,8 @@ class Config:
     train_rows: int = 16               # rows of a training batch
     data_batches: int = 4              # recipe: batches of a step on real conversations,
     packed_len: int = 512              # which we pack into rows of so many tokens
-    full_rows: int = 4                 # recipe: rows of a step that trains every weight,
-    full_len: int = 256                # and their length
+    full_rows: int = 4                 # recipe: rows of a step that trains every weight, and their length;
+    full_len: int = 512                # as sft.py has them
     largest: int = 2048                # growth: the longest row; smaller for a try
     lora_r: int = 16
     repeats: int = 5                   # counted repeats of each side, in turn: A B A B ...

@@ -93,7 +93,8 @@ def theory(point: dict, rates: dict[str, float]) -> tuple[float, int]:
         return flops / rates["product"] + (2 * (linear + head) + cache) / rates["copy"], 2 * 2 * (linear + head) + cache
     plan = memory.Plan(config, "sft", B, T, lora_r=r, dtype=torch.bfloat16, device="cpu")
     table = memory.estimate(config, "sft", batch=B, length=T, lora_r=r, dtype=torch.bfloat16)
-    pairs = T * T if T <= SHORT else sum(end * (rows.stop - rows.start) for rows, end in blocks.spans(T, T, False))
+    in_blocks = sum((rows.stop - rows.start) * keys.stop for rows, keys in blocks.spans(None, T, T))
+    pairs = in_blocks if T > SHORT else T * T
     adapter = table.trainable if r else 0
     attention = (14 if T > SHORT else 12) * H * D * B * pairs
     flops = B * T * ((4 if r else 6) * (linear + head) + 6 * adapter) + L * attention

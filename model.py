@@ -323,9 +323,8 @@ def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: T
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Bounds | None, scale: float | None = None,
-           softcap: float | None = None, ahead: bool = True) -> Tensor:
-    """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real. ahead=False: bias
-    hides every key behind its query."""
+           softcap: float | None = None) -> Tensor:
+    """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). bias None: causal, all tokens real."""
     B, H, T, D = q.shape
     if isinstance(bias, Bounds):
         return bias.attend(q, k, v, scale, softcap)
@@ -340,7 +339,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Bounds | None, scale:
         probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return (probs.view(B, K, G * T, -1) @ v).view(B, H, T, D)
     if q.device.type == "cpu":                         # with the gradient in half of the library's time
-        return blocks.attend(q, k, v, bias, scale, ahead)
+        return blocks.attend(q, k, v, bias, scale)
     if bias is None and q.is_cuda:                                             # there the library shares heads itself
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G > 1)
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
@@ -356,7 +355,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.out_bias)
         self.full, self.clip, self.head_dim = config.qk_norm == "full", config.clip_qkv, D
-        self.scale, self.softcap, self.ahead = config.attention_scale, config.attention_softcap, bool(config.prefix_ids)
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.qk_norm:
             self.q_norm, self.k_norm = (HeadNorm(n, D, config.norm_eps) if config.qk_norm == "own" else
@@ -376,7 +375,7 @@ class Attention(nn.Module):
             q, k = rotate_both(q, k, *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attend(q, k, v, bias, self.scale, self.softcap, self.ahead)
+        out = attend(q, k, v, bias, self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

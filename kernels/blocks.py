@@ -3,9 +3,9 @@
     each block of queries:  s = scale q k^T + bias     p = softmax(s)     o = p v
     backward, p again:      dv += p^T do     ds = p (do v^T - rowsum(do o))     dq = scale ds k     dk += scale ds^T q
 
-        queries  0..127   |##..............|      # computed   . left out: nobody looks ahead, so a block asks only
-               128..255   |####............|      the keys up to its own last query, and half of the square is never
-               256..383   |######..........|      touched
+        queries  0..127   |##..............|      # computed   . left out: a block asks from the first key that any of
+               128..255   |.###............|      its queries sees to the last one. Of a long text half of the square is
+               256..383   |...###..........|      never touched, of packed texts and of a window nearly all of it
 
 A block of scores stays in the cache, where the whole matrix goes out to memory and back for every elementwise step.
 Of the scores nothing is kept for the backward, they are made again (Dao et al. 2022, arXiv 2205.14135, section 3.1).
@@ -22,10 +22,18 @@ from torch.autograd.function import once_differentiable
 BLOCK = 128                                # queries at once
 
 
-def spans(T: int, S: int, ahead: bool) -> list[tuple[slice, int]]:
-    """The queries of each block, and how many keys they ask; ahead: a query may see keys behind it, so all ask all.
-    300 queries of 310 keys -> (0:128, 138), (128:256, 266), (256:300, 310)"""
-    return [(slice(i, min(i + BLOCK, T)), S if ahead else S - T + min(i + BLOCK, T)) for i in range(0, T, BLOCK)]
+def spans(bias: Tensor | None, T: int, S: int) -> list[tuple[slice, slice]]:
+    """The queries of each block and the keys they ask. 300 queries of 310 keys, no bias: causal
+    -> (0:128, 0:138), (128:256, 0:266), (256:300, 0:310)"""
+    found = []
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        first, end = 0, S - T + stop
+        if bias is not None:               # the keys that anybody sees; a query without any would be an error elsewhere
+            seen = (bias[:, :, start:stop].amax((0, 1, 2)) > -math.inf).nonzero()
+            first, end = int(seen[0]), int(seen[-1]) + 1
+        found.append((slice(start, stop), slice(first, end)))
+    return found
 
 
 def fold(x: Tensor, K: int) -> Tensor:
@@ -46,14 +54,14 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Te
 
 class Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, scale, ahead):
+    def forward(ctx, q, k, v, bias, scale):
         k, v = k.contiguous(), v.contiguous()          # or every product would copy them, transposed number by number
         out = torch.empty_like(q)                      # with q's strides: o_proj reads (B, T, H D) as it lies
-        for rows, end in spans(q.shape[2], k.shape[2], ahead):
-            probs = probabilities(q[:, :, rows], k[:, :, :end], None if bias is None else bias[:, :, rows, :end], scale)
-            out[:, :, rows] = (probs.to(v.dtype) @ v[:, :, :end]).view_as(q[:, :, rows])
+        ctx.scale, ctx.spans = scale, spans(bias, q.shape[2], k.shape[2])
+        for rows, keys in ctx.spans:
+            probs = probabilities(q[:, :, rows], k[:, :, keys], None if bias is None else bias[:, :, rows, keys], scale)
+            out[:, :, rows] = (probs.to(v.dtype) @ v[:, :, keys]).view_as(q[:, :, rows])
         ctx.save_for_backward(q, k, v, bias, out)
-        ctx.scale, ctx.ahead = scale, ahead
         return out
 
     @staticmethod
@@ -62,19 +70,17 @@ class Blocks(torch.autograd.Function):
         q, k, v, bias, out = ctx.saved_tensors
         K, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for rows, end in spans(q.shape[2], k.shape[2], ctx.ahead):
-            ask, keys, do = fold(q[:, :, rows], K), k[:, :, :end], fold(dout[:, :, rows], K)
-            probs = probabilities(q[:, :, rows], keys, None if bias is None else bias[:, :, rows, :end], ctx.scale)
-            dv[:, :, :end] += probs.to(v.dtype).transpose(2, 3) @ do
+        for rows, keys in ctx.spans:
+            ask, k_here, do = fold(q[:, :, rows], K), k[:, :, keys], fold(dout[:, :, rows], K)
+            probs = probabilities(q[:, :, rows], k_here, None if bias is None else bias[:, :, rows, keys], ctx.scale)
+            dv[:, :, keys] += probs.to(v.dtype).transpose(2, 3) @ do
             delta = (do.to(wide) * fold(out[:, :, rows], K)).sum(-1, keepdim=True)             # (B, K, G n, 1)
-            ds = (do @ v[:, :, :end].transpose(2, 3) - delta).mul_(probs).to(q.dtype)
-            dq[:, :, rows] = (ds @ keys).mul_(ctx.scale).view_as(q[:, :, rows])
-            dk[:, :, :end] += ds.transpose(2, 3) @ ask
-        return dq, dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None, None
+            ds = (do @ v[:, :, keys].transpose(2, 3) - delta).mul_(probs).to(q.dtype)
+            dq[:, :, rows] = (ds @ k_here).mul_(ctx.scale).view_as(q[:, :, rows])
+            dk[:, :, keys] += ds.transpose(2, 3) @ ask
+        return dq, dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, ahead: bool = True) -> Tensor:
-    """q (B, H, T, D), k and v (B, K, S, D), bias (B, 1 or H, T, S) or None: causal -> (B, H, T, D). ahead=False is a
-    promise: bias lets no query see a key behind it."""
-    # Under autocast RoPE has made fp32 of q and k.
-    return Blocks.apply(q.to(v.dtype), k.to(v.dtype), v, bias, scale, ahead and bias is not None)
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """q (B, H, T, D), k and v (B, K, S, D), bias (B, 1 or H, T, S) or None: causal -> (B, H, T, D)."""
+    return Blocks.apply(q.to(v.dtype), k.to(v.dtype), v, bias, scale)          # autocast: RoPE made fp32 of q and k

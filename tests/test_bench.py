@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, tiny_model
 
 import bench
 import bench_growth
@@ -125,3 +125,24 @@ def test_both_sides_read_the_same_conversations(tmp_path):
     assert sorted(torch.cat(real).tolist()) == sorted(torch.cat(packed).tolist())
     theirs = bench_recipe.count_supervised([(labels != -100).long() for _, _, labels in work.padded])
     assert 0 < theirs == bench_recipe.count_supervised([mask for _, _, mask in work.packed])
+
+
+def test_the_recipe_on_a_tiny_model(tmp_path):
+    """All three tables; the run itself stops if the first losses of the two sides differ."""
+    byte_tokenizer(tmp_path / "model")
+    model = tiny_model(vocab_size=260, max_positions=512, tie_embeddings=True)
+    checkpoints.save(model, load_tokenizer(tmp_path / "model"), tmp_path / "tiny")
+    out = tmp_path / "recipe.json"
+    small = {"rows": 2, "new_tokens": 3, "train_rows": 2, "data_batches": 2, "full_rows": 1, "full_len": 300,
+             "repeats": 1, "lora_r": 4}
+    flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run([sys.executable, "bench.py", "--what", "recipe", "--init", str(tmp_path / "tiny"), "--out",
+                           str(out), *flags], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("first loss: ours") == 3
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert {key: len(found[key]) for key in ("generate", "full", "data")} == {"generate": 2, "full": 2, "data": 2}
+    for table in (t for key in ("generate", "full", "data") for t in found[key].values()):
+        mine, other = table.values()
+        assert len(mine["seconds"]) == len(other["seconds"]) == 1 and other["ratio_to_peer"] == 1
+        assert mine["ratio_to_peer"] == pytest.approx(other["seconds"][0] / mine["seconds"][0])

@@ -44,7 +44,7 @@ def test_a_file_imports_only_what_stands_before_it(name):
 
 
 def test_the_core_depends_on_seven_packages():
-    ours = {p.stem for p in ROOT.glob("*.py")} | {"data", "checkpoints", "kernels"}
+    ours = {p.stem for p in ROOT.glob("*.py")} | {"data", "checkpoints", "kernels", "course"}
     for path in SOURCES:
         name = path.relative_to(ROOT).as_posix()
         foreign = imports(path) - ours - set(sys.stdlib_module_names) - ALLOWED - OPTIONAL.get(name, set())

@@ -25,7 +25,7 @@ def causal(B, T, S, heads=1):
 
 @pytest.mark.parametrize("heads, kv", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("T, S", [(5, 5), (40, 40), (33, 45), (16, 16), (17, 17)])
-@pytest.mark.parametrize("kind", ["none", "causal", "per head", "ahead", "padded"])
+@pytest.mark.parametrize("kind", ["none", "causal", "per head", "ahead", "padded", "window", "packed"])
 def test_values_and_gradients(heads, kv, T, S, kind, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 16)
     q, k, v = tensors(2, heads, kv, T, S)
@@ -36,8 +36,13 @@ def test_values_and_gradients(heads, kv, T, S, kind, monkeypatch):
         bias[:, :, :, :S // 2] = 0
     elif kind == "padded":                             # in row 1 nobody but they themselves sees the first three keys
         bias[1, :, :, :3] = bias[1, :, :, :3].masked_fill(~torch.eye(S, dtype=torch.bool)[S - T:, :3], -math.inf)
+    elif kind in ("window", "packed"):                 # the last 4 keys; texts of 11 tokens, in the other row of 20
+        index, ask = torch.arange(S), torch.arange(S - T, S)[:, None]
+        for row, n in enumerate((11, 20)):
+            see = index > ask - 4 if kind == "window" else index // n == ask // n
+            bias[row] = bias[row].masked_fill(~see, -math.inf)
     expected = written_out(q, k, v, bias, 0.3)
-    got = blocks.attend(q, k, v, None if kind == "none" else bias, 0.3, ahead=kind == "ahead")
+    got = blocks.attend(q, k, v, None if kind == "none" else bias, 0.3)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(expected)
     for mine, theirs in zip(torch.autograd.grad(got, (q, k, v), weights),
@@ -45,10 +50,14 @@ def test_values_and_gradients(heads, kv, T, S, kind, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_what_nobody_asks_for_is_not_computed(ahead):
-    assert blocks.spans(300, 310, ahead) == [(slice(0, 128), 310 if ahead else 138),
-                                             (slice(128, 256), 310 if ahead else 266), (slice(256, 300), 310)]
+def test_what_nobody_asks_for_is_not_computed():
+    keys = [(0, 138), (0, 266), (0, 310)]
+    assert [(k.start, k.stop) for _, k in blocks.spans(None, 300, 310)] == keys
+    bias = causal(2, 300, 310)
+    assert [(k.start, k.stop) for _, k in blocks.spans(bias, 300, 310)] == keys
+    assert [(r.start, r.stop) for r, _ in blocks.spans(bias, 300, 310)] == [(0, 128), (128, 256), (256, 300)]
+    bias[0, :, :, 30:60], bias[:, :, 128:, :50] = 0, -math.inf                 # later nobody looks back
+    assert [(k.start, k.stop) for _, k in blocks.spans(bias, 300, 310)] == [(0, 138), (50, 266), (50, 310)]
 
 
 def test_in_bf16_it_is_nearly_as_near_as_the_library():

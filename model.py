@@ -550,8 +550,8 @@ class Transformer(nn.Module):
         its end token and is filled with pad_id behind it. on_token((B,) ids) is called after every step; a list given
         as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn."""
         ids, mask = left_pad(ids, mask)
-        size, dtype = ids.shape[1] + max_new_tokens, self.embed_tokens.weight.dtype
-        cache = Cache(self.config, len(ids), size, ids.device, dtype)
+        dtype = self.embed_tokens.weight.dtype
+        cache = Cache(self.config, len(ids), ids.shape[1] + max_new_tokens, ids.device, dtype)
 
         scaling = self.config.rope_scaling or {}
         trained = scaling.get("original_max_position_embeddings") or self.config.max_positions
@@ -566,18 +566,18 @@ class Transformer(nn.Module):
             return self.lm_head(self.hidden(new, mask, cache)[:, -1])
 
         with packed(self) if max_new_tokens >= WORTH_PACKING else contextlib.nullcontext():
-            if len(ids) > 1 and self.reads_in_order(size):
-                begin, ids, mask = shared(ids, mask)
-                if len(begin):
-                    one = Cache(self.config, 1, len(begin), ids.device, dtype)
-                    self.hidden(begin[None], None, one)
-                    cache.begin_with(one)
+            n, distinct, which = shared(ids, mask) if self.reads_in_order() else (0, None, None)
+            if n:
+                begin = Cache(self.config, len(distinct), n, ids.device, dtype)
+                self.hidden(ids[distinct, :n], mask[distinct, :n], begin)
+                cache.begin_with(begin, which)
+                ids, mask = ids[:, n:], mask[:, n:]
             first = following(ids, None if bool(mask.all()) else mask)
             return decode(first, lambda new: following(new[:, None]), cache.keep, max_new_tokens, temperature, top_k,
                           top_p, eos_ids, generator, pad_id, on_token, logprobs)
 
-    def reads_in_order(self, size: int) -> bool:
-        """May the beginning of a text of `size` tokens be read before the rest is known, and pads stand behind it? Not
-        where it sees what follows, where angles depend on the length, where a window counts columns."""
-        config, kind = self.config, (self.config.rope_scaling or {}).get("rope_type")
-        return not config.prefix_ids and kind not in ("dynamic", "longrope") and (config.window or size) >= size
+    def reads_in_order(self) -> bool:
+        """May the beginning of a text be read before the rest is known? Not where it sees what follows it, or where
+        angles depend on the length."""
+        kind = (self.config.rope_scaling or {}).get("rope_type")
+        return not self.config.prefix_ids and kind not in ("dynamic", "longrope")

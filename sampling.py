@@ -3,8 +3,8 @@
     logits -> / temperature -> the top_k best -> the fewest whose probability reaches top_p -> one of them at random
 
 A model gives `decode` its first logits and two functions: the logits behind a new token, and which rows to go on with.
-`Cache` is where an attention keeps the keys and values of what it has read; `shared` finds the tokens that all prompts
-begin with, which are read once; `packed` lays the matrices out for a CPU's matrix units.
+`Cache` is where an attention keeps the keys and values of what it has read; `shared` finds the beginnings that prompts
+have in common, which are read once; `packed` lays the matrices out for a CPU's matrix units.
 
 Shapes:  B batch   V vocabulary   n new tokens
 """
@@ -66,11 +66,11 @@ class Cache:
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def begin_with(self, one: "Cache") -> None:
-        """Every row has read what the only row of another cache has read."""
-        n = self.length = one.length
-        self.k[:, :, :, :n], self.v[:, :, :, :n] = one.k[:, :, :, :n], one.v[:, :, :, :n]
-        self.docs[:, :n], self.ids[:, :n] = one.docs[:, :n], one.ids[:, :n]
+    def begin_with(self, other: "Cache", rows: Tensor) -> None:
+        """Each row has read what that row (B,) of the other cache has read."""
+        n = self.length = other.length
+        self.k[:, :, :, :n], self.v[:, :, :, :n] = other.k[:, rows, :, :n], other.v[:, rows, :, :n]
+        self.docs[:, :n], self.ids[:, :n] = other.docs[rows, :n], other.ids[rows, :n]
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows only: a row that has ended must not cost anything any more."""
@@ -87,16 +87,21 @@ def left_pad(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order), (mask > 0).long().gather(1, order)
 
 
-def shared(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What all prompts begin with (n,), the rest and its mask (B, P - n); at least one token of each prompt is rest.
-    Rows of `left_pad`:  [[0, 5, 6, 7], [5, 6, 8, 9]], [[0, 1, 1, 1], [1, 1, 1, 1]]
-    ->  [5, 6], [[6, 7], [8, 9]], [[0, 1], [1, 1]]      a chat format's system prompt is half of many prompts"""
-    P, lengths = ids.shape[1], mask.sum(1)                                     # (B,)
-    index = torch.arange(P, device=ids.device)
-    start = (P - lengths[:, None] + index).clamp(max=P - 1)                    # pads to the right, for once
-    begin = ids.gather(1, start)[:, :int(lengths.min()) - 1]
-    n = int((begin == begin[:1]).all(0).long().cumprod(0).sum())
-    return begin[0, :n], ids[:, n:], (index >= P - lengths[:, None] + n).long()[:, n:]
+def shared(ids: Tensor, mask: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Left-padded prompts (B, P) -> how many columns n to read of the distinct beginnings only, which row has each of
+    them (U,), and which of them each row has (B,). n is where U n + B (P - n) tokens are fewest, and below P.
+    ids [[0, 5, 6, 7], [0, 5, 6, 8], [5, 6, 9, 9]], two pads -> 3, rows [1, 2], [0, 0, 1] : 9 tokens instead of 12
+    No column moves: shifted sums would round differently from those that score the finished text."""
+    B, P = ids.shape
+    rows, place = torch.where(mask > 0, ids, -1).unique(dim=0, return_inverse=True)            # sorted as words are
+    common = (rows[1:] == rows[:-1]).long().cumprod(1).sum(1)                  # with the row above: (U - 1,) columns
+    n = torch.arange(P, device=ids.device)
+    distinct = 1 + (common[:, None] < n).sum(0)                                # beginnings of n columns (P,)
+    best = int((distinct * n + B * (P - n)).argmin())
+    which = F.pad((common < best).long().cumsum(0), (1, 0))[place]
+    first = which.new_zeros(int(distinct[best]))
+    first[which] = torch.arange(B, device=ids.device)
+    return best, first, which
 
 
 LARGEST = 10**9                            # weights of which `packed` makes a copy

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 128                                # queries at once
+LANES = 64                                 # keys are left out in such steps: sums keep their order, and every bit
 
 
 def spans(bias: Tensor | None, T: int, S: int) -> list[tuple[slice, slice]]:
@@ -31,7 +32,7 @@ def spans(bias: Tensor | None, T: int, S: int) -> list[tuple[slice, slice]]:
         first, end = 0, S - T + stop
         if bias is not None:               # the keys that anybody sees; a query without any would be an error elsewhere
             seen = (bias[:, :, start:stop].amax((0, 1, 2)) > -math.inf).nonzero()
-            first, end = int(seen[0]), int(seen[-1]) + 1
+            first, end = int(seen[0]) // LANES * LANES, int(seen[-1]) + 1
         found.append((slice(start, stop), slice(first, end)))
     return found
 

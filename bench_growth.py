@@ -21,6 +21,7 @@ import select
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -61,8 +62,8 @@ def curves(cfg) -> dict[str, tuple[str, list[dict]]]:
         "size": ("parameters, full step, 2 x 128 tokens",
                  [small | {"x": parameters(shape), "shape": shape, "batch": 2}
                   for shape in list(SIZES.values())[:5 if long >= 512 else 2]]),
-        "context": ("tokens before the new one, decoding 8 rows",
-                    [default | {"x": n, "batch": 8, "length": n, "decode": True} for n in upto(64, long)]),
+        "context": ("tokens before the new one, decoding 4 rows",
+                    [default | {"x": n, "batch": 4, "length": n, "decode": True} for n in upto(64, long)]),
         "rows": ("rows, decoding behind 64 tokens",
                  [default | {"x": n, "batch": n, "length": 64, "decode": True} for n in upto(1, long // 32)])}
 
@@ -139,11 +140,12 @@ def child(cfg) -> None:
 
 
 def decoding(model: Transformer, ids: torch.Tensor):
-    """Seconds a token: a generation of DECODED + 1 tokens less one of a single token, which is the reading."""
+    """Seconds a token, of the DECODED tokens behind the first: that one waits for the reading of the prompts."""
     def call() -> float:
+        at: list[float] = []
         with sampling.packed(model):
-            one, many = (bench.timed(lambda n=n: model.generate(ids, n)) for n in (1, DECODED + 1))
-        return (many - one) / DECODED
+            model.generate(ids, DECODED + 1, on_token=lambda _: at.append(time.perf_counter()))
+        return (at[-1] - at[0]) / DECODED
     return call
 
 

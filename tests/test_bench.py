@@ -68,9 +68,9 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("length", [64, 300])
 @pytest.mark.parametrize("r", [0, 8])
-def test_flops_of_a_step_are_those_that_run(length, r, monkeypatch):
-    """With bytes for nothing theory is FLOPs: within 1 % of the products that a step really makes (with an adapter 3 %: the first
-    layer hands no gradient down), above and below the border where attention goes in blocks."""
+def test_flops_of_a_step_are_those_that_run(length, r):
+    """With bytes for nothing theory is FLOPs: within 1 % of the products that a step really makes (with an adapter
+    3 %: the first layer hands no gradient down), above and below the border where attention goes in blocks."""
     point = {"shape": bench_growth.SIZES["1M"], "batch": 2, "length": length, "r": r}
     model = checkpoints.build(bench_growth.config_of(point), torch.float32 if r == 0 else torch.bfloat16)
     for p in model.parameters():

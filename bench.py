@@ -2,6 +2,8 @@
 
     python bench.py                                             # sampling and LoRA training beside transformers + peft
     python bench.py --repeats 7 --out docs/results/bench_cpu.json
+    python bench.py --what recipe --out docs/results/recipe_cpu.json  generation and SFT beside plain transformers
+    python bench.py --what growth --out docs/results/growth_cpu.json  time and memory against sizes, with a figure
     python bench.py --what load --out docs/results/load_cpu.json      time and memory of loading, beside transformers
 
 Both sides have the model in the same dtype, a rank-16 adapter on all seven linears, the same prompts (left-padded) and
@@ -35,6 +37,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import bench_growth
+import bench_recipe
 import checkpoints
 import common
 import lora
@@ -46,11 +50,16 @@ from model import ModelConfig
 
 @dataclass
 class Config:
-    what: str = "train"                # train: sampling and a LoRA SFT step; load: time and memory of loading
+    what: str = "train"                # train: sampling and a LoRA SFT step; recipe, growth, load: see above
     init: str = "smollm2-135m"         # the model on both sides; --what load makes one of its own
     rows: int = 32                     # answers sampled at once
     new_tokens: int = 48               # tokens per answer
-    train_rows: int = 16               # rows of a training step
+    train_rows: int = 16               # rows of a training batch
+    data_batches: int = 4              # recipe: batches of a step on real conversations,
+    packed_len: int = 512              # which we pack into rows of so many tokens
+    full_rows: int = 4                 # recipe: rows of a step that trains every weight, and their length;
+    full_len: int = 512                # as sft.py has them
+    largest: int = 2048                # growth: the longest row; smaller for a try
     lora_r: int = 16
     repeats: int = 5                   # counted repeats of each side, in turn: A B A B ...
     seed: int = 0
@@ -103,7 +112,7 @@ class Peer:
     """The other process; ask("sample") waits for it and returns its seconds."""
     def __init__(self, folder: Path, cfg: Config):
         command = [sys.executable, __file__, "--peer", str(folder)]
-        for name in ("new_tokens", "lora_r", "dtype"):
+        for name in ("what", "new_tokens", "lora_r", "dtype"):
             command += [f"--{name}", str(getattr(cfg, name))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         encoding="utf-8")
@@ -283,11 +292,19 @@ def load_table(case: str, size: int, runs: dict[str, list[dict]]) -> dict:
 # ---------------------------------------------------------------- our side
 
 def main(cfg: Config) -> None:
-    if cfg.what not in ("train", "load"):
-        raise common.UserError(f"--what {cfg.what} is unknown; known: train, load")
+    if cfg.what not in (known := ("train", "recipe", "growth", "load")):
+        raise common.UserError(f"--what {cfg.what} is unknown; known: {', '.join(known)}")
     if cfg.what == "load":
         versions = {"transformers": importlib.metadata.version("transformers")}
         return load_once(cfg) if cfg.peer else write_figures(cfg, bench_load(cfg), versions)
+    if cfg.what == "growth":
+        return bench_growth.child(cfg) if cfg.peer else bench_growth.run(cfg)
+    if cfg.what == "recipe":
+        if cfg.peer:
+            return bench_recipe.answer(Path(cfg.peer), cfg)
+        with tempfile.TemporaryDirectory() as folder:
+            figures, versions = bench_recipe.run(cfg, Path(folder))
+        return write_figures(cfg, figures, {"device": "cpu", "dtype": "bf16", "peers": versions})
     if cfg.peer:
         return peer(Path(cfg.peer), cfg)
     world = common.setup(cfg.device, cfg.dtype, cfg.seed)

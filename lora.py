@@ -24,7 +24,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import sampling
 from checkpoints import live
 from common import UserError
 from kernels.lora import Adapter, lora_linear
 from kernels.nf4 import QuantisedLinear, nf4_linear
 
-LARGEST = 10**9                            # weights of which `packed` makes a copy
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -59,7 +59,6 @@ class LoRALinear(nn.Linear):
         self.merged: str | None = None                               # the adapter that `weight` contains just now
         # And the weight without it, to restore it exactly; in a tuple, or it would be a parameter of the model.
         self.original: tuple[nn.Parameter] | None = None
-        self.packed: tuple | None = None                             # see `packed` below
 
     def add(self, name: str, r: int, scale: float) -> None:
         device = self.weight.device if self.quantised is None else self.quantised.packed.device
@@ -73,11 +72,6 @@ class LoRALinear(nn.Linear):
         return self.scale[name] * (self.lora_B[name].float() @ self.lora_A[name].float())      # (out, in)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            both, bias, B, scale = self.packed                        # (out + r, in), (out + r), (r, out)
-            y = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), both, bias, "none", [], "")
-            y, h = y.split((self.out_features, B.shape[0]), dim=-1)
-            return torch.addmm(y, h, B, alpha=scale).view(*x.shape[:-1], self.out_features)
         names, n = self.switch.active, len(x) // len(self.switch.active)              # n rows of the batch for each
         if self.merged is not None and set(names) != {self.merged}:
             raise RuntimeError(f"adapter {self.merged!r} is merged, {names} was asked for: unmerge first")
@@ -85,6 +79,24 @@ class LoRALinear(nn.Linear):
                     for i, name in enumerate(names) if name in self.scale and name != self.merged]
         matrix, plain = (self.weight, F.linear) if self.quantised is None else (self.quantised, nf4_linear)
         return lora_linear(x, matrix, self.bias, adapters) if adapters else plain(x, matrix, self.bias)
+
+    def pack(self) -> Callable[[Tensor], Tensor]:
+        """`forward` as sampling.packed wants it: x W^T and x A^T are one product with [W; A]."""
+        name, *others = self.switch.active
+        if others:
+            raise UserError("sampling needs one adapter for all rows: rows that have ended leave the batch")
+        if name not in self.scale or self.merged == name:
+            return sampling.pack(self.weight, self.bias)
+        A, B = self.lora_A[name].to(self.weight.dtype), self.lora_B[name].to(self.weight.dtype).t().contiguous()
+        bias = None if self.bias is None else F.pad(self.bias, (0, len(A)))
+        both, scale = sampling.pack(torch.cat((self.weight, A)), bias), self.scale[name]
+        sizes = len(self.weight), len(A)
+
+        def forward(x: Tensor) -> Tensor:
+            y, h = both(x.flatten(0, -2)).split(sizes, dim=-1)
+            return torch.addmm(y, h, B, alpha=scale).view(*x.shape[:-1], sizes[0])
+
+        return forward
 
 
 # ---------------------------------------------------------------- put on, choose, train
@@ -235,25 +247,9 @@ def merged(model: nn.Module, name: str):
 
 @contextlib.contextmanager
 def packed(model: nn.Module, name: str | None):
-    """`use` for sampling on a CPU in bf16, the same bits a fifth faster: W and A become one matrix, laid out once as
-    the matrix units read it: x W^T and x A^T are one product. Costs a copy of the weights while the block lasts."""
-    mine = [m for _, m in layers(model, name)] if name else []
-    fits = torch.backends.mkldnn.is_available() and 0 < sum(m.weight.numel() for m in mine) <= LARGEST
-    with use(model, name):
-        if not fits or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.bfloat16 for m in mine):
-            yield model
-            return
-        try:
-            with torch.no_grad():
-                for m in mine:
-                    A, B = m.lora_A[name].bfloat16(), m.lora_B[name].bfloat16()
-                    both = torch.ops.mkldnn._reorder_linear_weight(torch.cat((m.weight, A)), 32)
-                    bias = None if m.bias is None else F.pad(m.bias, (0, A.shape[0]))
-                    m.packed = (both, bias, B.t().contiguous(), m.scale[name])
-            yield model
-        finally:
-            for m in mine:
-                m.packed = None
+    """`use` for sampling, the same bits faster where sampling.packed can: the adapter may not change meanwhile."""
+    with use(model, name), sampling.packed(model):
+        yield model
 
 
 def strip(model: nn.Module) -> None:

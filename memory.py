@@ -20,7 +20,7 @@ import checkpoints
 import lora
 import rwkv
 from common import UserError, human
-from kernels import nf4
+from kernels import blocks, nf4
 from model import SHORT, ModelConfig
 
 CARDS = (8, 16, 24, 40, 80)            # GiB, though everyone calls them GB
@@ -216,12 +216,15 @@ def heads_of_mask(config: ModelConfig) -> int:
 
 
 def attention_bytes(p: Plan) -> int:
-    """Attention as on paper (model.attend) keeps H x T probabilities per token, flash attention computes them again."""
+    """Attention as on paper (model.attend) keeps H x T probabilities per token; flash attention and
+    kernels/blocks.py compute them again."""
     c, s, H, K, D = p.config, p.s, p.config.num_heads, p.config.num_kv_heads, p.config.head_dim
     total = s * D * H                                    # its output = input of o
     if c.attention_softcap or (p.device == "cpu" and p.T <= SHORT):
         copies = (4 if s == 4 else 6) + (s if c.attention_softcap else 0)    # in fp32 and in bf16; tanh of the scores
         total += s * D * (H + 2 * K) + copies * H * p.T                      # q, k, v
+    elif p.device == "cpu":                              # kernels/blocks.py: q, k, v
+        total += s * D * (H + 2 * K)
     else:                                                # K repeated to H heads; log-sum-exp
         total += s * D * 3 * H + 4 * H + (2 * heads_of_mask(c) * p.T if p.mixed else 0)      # autocast: a bf16 mask
     if c.qk_norm:                                        # "full": one norm over all heads, else one for each
@@ -251,6 +254,12 @@ def activations(p: Plan) -> int:
     shared += tokens * norm_bytes(p, c.hidden_size) * (int(c.final_norm) + int(c.embed_norm))
     layer = tokens * layer_bytes(p)
     return shared + (L * tokens * c.hidden_size * s + layer if p.checkpointing else L * layer)
+
+
+def block_bytes(p: Plan) -> int:
+    """What kernels/blocks.py has in hand in backward: of one block of queries p, do v^T and ds."""
+    there = isinstance(p.config, ModelConfig) and p.device == "cpu" and p.T > SHORT and not p.config.attention_softcap
+    return there and p.batch * p.config.num_heads * blocks.BLOCK * p.T * (12 if p.s == 4 else 10)
 
 
 @remember
@@ -322,6 +331,8 @@ def training(p: Plan) -> Rows:
         # In fp32: logits, their log-softmax and its gradient. PPO's scoring has p and p log p as well, for the entropy.
         copies = (4 if p.stage == "ppo" else 3) + bool(getattr(p.config, "final_softcap", None))    # tanh keeps its own
         rows.append(("logits", copies * 4 * scored * V, f"{copies} fp32 copies of {scored} x {V}"))
+    if block := block_bytes(p):
+        rows.append(("attention", block, f"the scores of {blocks.BLOCK} queries at a time"))
     if p.mixed:
         linear = count(p.config, (*lora.ALL_LINEAR, "lm_head"))
         rows.append(("bf16 copies", 2 * linear, "autocast converts the fp32 weights once per micro-batch"))

@@ -24,6 +24,7 @@ One integer `mask` (B, T) says everything about padding and packing:
 
     from checkpoints import load; m, t = load('smollm2-135m'); t.decode(m.generate(t.prompt('Hi'), 9)[0])
 """
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,10 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import glu, norm, rope
+from kernels import blocks, glu, norm, rope
 from kernels.backend import use_triton
 from kernels.bounds import Bounds, bounds
-from sampling import Cache, Layout, StaticCache, decode, decode_static, left_pad
+from sampling import Cache, Layout, StaticCache, decode, decode_static, left_pad, packed, shared
 
 
 @dataclass
@@ -295,7 +296,7 @@ def prefix_layout(ids: Tensor, docs: Tensor, positions: Tensor, prefix_ids: tupl
 
 # ---------------------------------------------------------------- attention
 
-SHORT = 256      # queries up to which a CPU does better with plain matrix products than with the library's attention
+SHORT = 256      # queries up to which a CPU takes them all at once and keeps the scores; above it kernels/blocks.py
 
 
 def attention_bias(config: ModelConfig, docs: Tensor, queries: int, positions: Tensor, dtype: torch.dtype,
@@ -331,11 +332,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Bounds | None, scale:
     if bias is not None and (T == 1 or (T <= SHORT and q.device.type == "cpu") or softcap):
         # Attention as on paper, with the G heads that share a key head folded into the rows of one matrix: no key is
         # copied. On a CPU it is five times faster than the library's attention for short rows, ten for one token.
+        k, v = k.contiguous(), v.contiguous()          # or the product copies them, transposed number by number
         scores = (q.reshape(B, K, G * T, D) @ k.transpose(2, 3)).view(B, K, G, T, -1) * scale
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         scores = scores + bias.view(B, -1, max(1, bias.shape[1] // K), T, bias.shape[-1])    # (B, K, G, T, S)
         probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return (probs.view(B, K, G * T, -1) @ v).view(B, H, T, D)
+    if q.device.type == "cpu":                         # with the gradient in half of the library's time
+        return blocks.attend(q, k, v, bias, scale)
     if bias is None and q.is_cuda:                                             # there the library shares heads itself
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G > 1)
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
@@ -436,6 +440,9 @@ def linear_head(head: nn.Module) -> tuple[Tensor, Tensor | None, float] | None:
     without its logits. None: call it."""
     plain = type(head) in (nn.Linear, Head) and use_triton(head.weight)
     return (head.weight, head.bias, getattr(head, "cap", 0.0)) if plain else None
+
+
+WORTH_PACKING = 16     # new tokens from which `generate` packs the matrices: that takes as long as five to ten tokens
 
 
 class Transformer(nn.Module):
@@ -547,8 +554,8 @@ class Transformer(nn.Module):
         as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn. graph: the
         same text in steps of one shape, which a GPU replays from a CUDA graph."""
         ids, mask = left_pad(ids, mask)
-        cache = (StaticCache if graph else Cache)(self.config, len(ids), ids.shape[1] + max_new_tokens, ids.device,
-                                                  self.embed_tokens.weight.dtype)
+        room, dtype = ids.shape[1] + max_new_tokens, self.embed_tokens.weight.dtype
+        cache = (StaticCache if graph else Cache)(self.config, len(ids), room, ids.device, dtype)
         scaling = self.config.rope_scaling or {}
         trained = scaling.get("original_max_position_embeddings") or self.config.max_positions
         switches = scaling.get("rope_type") == "longrope"
@@ -561,13 +568,6 @@ class Transformer(nn.Module):
                 cache.length = 0
             return self.lm_head(self.hidden(new, mask, cache)[:, -1])
 
-        if graph:
-            cache.check(scaling.get("rope_type", "default"), trained, int(mask.sum(1).max()), max_new_tokens)
-        first = following(ids, None if bool(mask.all()) else mask)
-        settings = (max_new_tokens, temperature, top_k, top_p, eos_ids, generator, pad_id, on_token, logprobs)
-        if not graph:
-            return decode(first, lambda new: following(new[:, None]), cache.keep, *settings)
-
         def ahead(n: int) -> Layout:                       # of the next n tokens, whatever they will be
             layout = self.layout(ids.new_full((len(ids), n), -1), None, cache)
             return layout._replace(biases=cache.reserve(layout.biases, n))
@@ -576,4 +576,25 @@ class Transformer(nn.Module):
             h = self.through(new[:, None], layout, cache)
             cache.at.add_(1)
             return self.lm_head(h[:, -1])
-        return decode_static(first, ahead, step, *settings)
+
+        if graph:
+            cache.check(scaling.get("rope_type", "default"), trained, int(mask.sum(1).max()), max_new_tokens)
+        settings = (max_new_tokens, temperature, top_k, top_p, eos_ids, generator, pad_id, on_token, logprobs)
+        with packed(self) if max_new_tokens >= WORTH_PACKING else contextlib.nullcontext():
+            n, distinct, which = shared(ids, mask) if self.reads_in_order() else (0, None, None)
+            if n:
+                begin = Cache(self.config, len(distinct), n, ids.device, dtype)
+                self.hidden(ids[distinct, :n], mask[distinct, :n], begin)
+                cache.begin_with(begin, which)
+                ids, mask = ids[:, n:], mask[:, n:]
+            first = following(ids, None if bool(mask.all()) else mask)
+            if graph:
+                return decode_static(first, ahead, step, *settings)
+            return decode(first, lambda new: following(new[:, None]), cache.keep, *settings)
+
+    def reads_in_order(self) -> bool:
+        """May the beginning of a text be read before the rest is known? Not where it sees what follows it, or where
+        angles depend on the length. And only on a CPU: on a GPU nobody has measured what it gives."""
+        kind = (self.config.rope_scaling or {}).get("rope_type")
+        return (not self.config.prefix_ids and kind not in ("dynamic", "longrope")
+                and self.norm.weight.device.type == "cpu")

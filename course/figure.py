@@ -6,7 +6,7 @@ scale to a slide and to paper.
 """
 import html
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from report import ticks
 
@@ -33,11 +33,36 @@ class Panel:
     y: str = ""
     bottom: float | None = None        # values that the axis ends at; None: what the points span
     top: float | None = None
+    log: bool = False                  # both axes in powers of ten; only numbers above 0 have a place
     legend: str = "top"                # top: at the right; bottom: at the left, above the axis
 
 
 def number(v: float) -> str:
     return f"{v:.4g}"
+
+
+def short(v: float) -> str:
+    """2000 -> 2000, 20000 -> 20k, 1e8 -> 100M"""
+    power = next((p for p in (1e9, 1e6, 1e3) if abs(v) >= max(p, 1e4)), 1.0)
+    return f"{v / power:.3g}" + {1e9: "G", 1e6: "M", 1e3: "k", 1.0: ""}[power] if power > 1 else number(v)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Exponents of the round numbers between 10^low and 10^high: powers of ten, and where these are fewer than three
+    also twice and five times them.   1.8 .. 3.3 (64 .. 2048) -> of 100, 200, 500, 1000, 2000"""
+    tens = range(math.floor(low), math.ceil(high) + 1)
+    sparse = sum(low <= n <= high for n in tens) < 3
+    return [x for n in tens for m in ((1, 2, 5) if sparse else (1,)) if low <= (x := n + math.log10(m)) <= high]
+
+
+def take_logs(panel: Panel) -> Panel:
+    """The same panel with the logarithm of every number."""
+    def log(v: float | None) -> float | None:
+        return math.log10(v) if v is not None and v > 0 else None
+
+    lines = [replace(line, points=[(log(x), log(y)) for x, y in line.points],
+                     band=[tuple(map(log, b)) for b in line.band]) for line in panel.lines]
+    return replace(panel, lines=lines, bottom=log(panel.bottom), top=log(panel.top))
 
 
 def spans(panel: Panel) -> tuple[float, float, float, float]:
@@ -53,7 +78,9 @@ def spans(panel: Panel) -> tuple[float, float, float, float]:
 
 def draw(panel: Panel, across: float, down: float) -> str:
     """One panel with its upper left corner at (across, down). What leaves the axis is cut at its edge."""
+    panel = take_logs(panel) if panel.log else panel
     x0, x1, y0, y1 = spans(panel)
+    marks, name = (log_ticks, lambda v: short(10**v)) if panel.log else (ticks, number)
 
     def at(x: float, y: float) -> str:
         px = across + LEFT + (x - x0) / (x1 - x0) * (W - LEFT - RIGHT)
@@ -62,14 +89,14 @@ def draw(panel: Panel, across: float, down: float) -> str:
 
     floor, right = down + H - BOTTOM, across + W - RIGHT
     parts = [f'<text class="t" x="{across + LEFT}" y="{down + 14}">{html.escape(panel.title)}</text>']
-    for v in ticks(y0, y1):
+    for v in marks(y0, y1):
         py = at(x0, v).split(",")[1]
         parts.append(f'<path class="g" d="M{across + LEFT},{py} H{right}"/><text x="{across + LEFT - 5}" '
-                     f'y="{float(py) + 4:.1f}" text-anchor="end">{number(v)}</text>')
-    for v in ticks(x0, x1):
+                     f'y="{float(py) + 4:.1f}" text-anchor="end">{name(v)}</text>')
+    for v in marks(x0, x1):
         px = at(v, y0).split(",")[0]
         parts.append(f'<path class="a" d="M{px},{floor} v4"/><text x="{px}" y="{floor + 16}" text-anchor="middle">'
-                     f'{number(v)}</text>')
+                     f'{name(v)}</text>')
     parts.append(f'<path class="a" d="M{across + LEFT},{floor} H{right}"/>')
     parts.append(f'<text x="{(across + LEFT + right) / 2}" y="{floor + 29}" text-anchor="middle">'
                  f'{html.escape(panel.x)}</text>' if panel.x else "")

@@ -180,7 +180,7 @@ KINDS = [(0, lora.ALL_LINEAR, torch.float32), (0, lora.ALL_LINEAR, torch.bfloat1
          (8, lora.ALL_LINEAR, torch.bfloat16), (8, ("q_proj", "v_proj"), torch.bfloat16)]
 
 
-@pytest.mark.parametrize("kv_heads, batch, length", [(2, 4, 128), (8, 1, 512)])       # attention as on paper, and flash
+@pytest.mark.parametrize("kv_heads, batch, length", [(2, 4, 128), (8, 1, 512)])       # attention as on paper, in blocks
 @pytest.mark.parametrize("r, targets, dtype", KINDS)
 def test_activations_against_saved_tensors_and_the_real_peak(r, targets, dtype, kv_heads, batch, length):
     model, use = small_model(kv_heads, r, targets, dtype)
@@ -193,12 +193,13 @@ def test_activations_against_saved_tensors_and_the_real_peak(r, targets, dtype, 
 
     plan = memory.Plan(model.config, "sft", batch, length, lora_r=r, targets=targets, dtype=dtype, device="cpu")
     guess = {on: memory.activations(dataclasses.replace(plan, checkpointing=on)) for on in (False, True)}
+    block = memory.block_bytes(plan)                    # in hand for a moment, not kept
     with use():
         assert guess[False] == pytest.approx(saved_bytes(model, ids, mask), rel=0.2)
         step()                                                               # the gradients exist from here on
-        assert guess[False] == pytest.approx(peak_bytes(step), rel=0.2)
+        assert guess[False] + block == pytest.approx(peak_bytes(step), rel=0.2)
         model.checkpointing = True
-        assert guess[True] == pytest.approx(peak_bytes(step), rel=0.3)
+        assert guess[True] + block == pytest.approx(peak_bytes(step), rel=0.3)
     assert guess[True] < guess[False] / 2
 
 
@@ -237,8 +238,8 @@ def test_activations_of_other_blocks(shape, r, dtype, batch, length):
     mask[:, :5] = 0
     plan = memory.Plan(model.config, "sft", batch, length, lora_r=r, dtype=dtype, device="cpu")
     with use():
-        assert memory.activations(plan) == pytest.approx(saved_bytes(model, ids, mask), rel=0.25 if shape == "bloom"
-                                                         else 0.125)
+        guess = memory.activations(plan) + next((n for row, n, _ in memory.training(plan) if row == "bf16 copies"), 0)
+        assert guess == pytest.approx(saved_bytes(model, ids, mask), rel=0.25 if shape == "bloom" else 0.125)
 
 
 @pytest.mark.parametrize("batch, length", [(4, 128), (1, 512)])
@@ -256,7 +257,7 @@ def test_the_real_peak_of_other_blocks(shape, batch, length):
     plan = memory.Plan(model.config, "sft", batch, length, lora_r=8, dtype=torch.bfloat16, device="cpu")
     with use():
         step()
-        assert memory.activations(plan) == pytest.approx(peak_bytes(step), rel=0.2)
+        assert memory.activations(plan) + memory.block_bytes(plan) == pytest.approx(peak_bytes(step), rel=0.2)
 
 
 def test_static_bytes_of_other_blocks_are_exact():

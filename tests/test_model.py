@@ -23,7 +23,7 @@ from model import (
     rope_tables,
     rotate,
 )
-from sampling import left_pad, sample
+from sampling import left_pad, packed, sample, shared
 
 FP32, FP64 = 2e-5, 1e-10               # largest difference to transformers, relative to the largest logit
 INF = math.inf
@@ -795,6 +795,83 @@ def test_log_probabilities_of_generate_equal_a_full_forward():
     logits = model(torch.cat((ids, new), 1), torch.cat((mask, chosen), 1))[:, ids.shape[1] - 1:-1] / 0.7
     expected = logits.log_softmax(-1).gather(2, new[:, :, None])[:, :, 0] * chosen
     assert torch.allclose(torch.stack(steps, 1), expected, atol=1e-4)
+
+
+def test_shared_examples():
+    ids, mask = torch.tensor([[0, 5, 6, 7], [0, 5, 6, 8], [5, 6, 9, 9]]), torch.ones(3, 4, dtype=torch.int64)
+    mask[:2, 0] = 0
+    n, rows, which = shared(ids, mask)
+    assert n == 3 and rows.tolist() == [1, 2] and which.tolist() == [0, 0, 1]
+    assert shared(ids[:1], mask[:1])[0] in (0, 3)                              # one row: nothing to save either way
+    n, rows, which = shared(torch.tensor([[5, 6, 7]] * 4), torch.ones(4, 3, dtype=torch.int64))
+    assert n == 2 and rows.tolist() == [3] and which.tolist() == [0] * 4       # at least one column is left
+    assert shared(torch.tensor([[4, 5, 6], [3, 5, 6]]), torch.ones(2, 3, dtype=torch.int64))[0] == 0
+    ids = torch.tensor([[7, 5, 6], [0, 5, 6]])                                 # a pad is no token, whatever it holds
+    assert shared(ids, torch.tensor([[0, 1, 1], [0, 1, 1]]))[0] == 2
+
+
+SHARING = {"rope": {}, "alibi": {"positions": "alibi"}, "learned": {"positions": "learned"},
+           "yarn": {"rope_scaling": ROPES["yarn"][0]}, "partial": {"rope_dim": 8}, "window": {"window": 12}}
+NOT_SHARING = {"dynamic": {"rope_scaling": ROPES["dynamic_long"][0], "max_positions": 8},
+               "glm": {"positions": "rope_2d", "prefix_ids": (90, 91)}}
+
+
+@pytest.mark.parametrize("name", [*SHARING, *NOT_SHARING])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_beginning_that_all_prompts_share_is_read_once(name, side):
+    """Nine tokens that all begin with, prompts of 15, 13, 15 and 13 tokens: the tokens are drawn with the
+    probabilities that one forward over the whole text gives, and where it is allowed the model reads less: of the
+    first nine columns (nine tokens, or two pads and seven) there are two kinds."""
+    model = tiny_model(**(SHARING | NOT_SHARING)[name])
+    ids, mask = ragged(side, lengths=(15, 13, 15, 13))
+    for row, real in zip(ids, mask.bool()):
+        row[real.nonzero()[:9, 0]] = torch.arange(20, 29)
+    read, hidden, drawn = [], model.hidden, []
+    model.hidden = lambda new, *rest: (read.append(new.numel()), hidden(new, *rest))[1]
+    new = model.generate(ids, 7, mask, generator=torch.Generator().manual_seed(3), logprobs=drawn)
+    del model.hidden
+    assert sum(read[:-6]) == (2 * 9 + 4 * 6 if name in SHARING else 60)
+    if name == "dynamic":              # the angles of a key are those of the length at which it was read
+        return
+    ids, mask = left_pad(ids, mask)
+    logp = model(torch.cat((ids, new), 1), torch.cat((mask, torch.ones_like(new)), 1))[:, -8:-1].log_softmax(-1)
+    assert_close(torch.stack(drawn, 1), logp.gather(2, new[:, :, None])[:, :, 0], FP32)
+
+
+@pytest.mark.parametrize("length", [30, 290])                              # below and above model.SHORT
+def test_sampling_rounds_as_scoring_does(length):
+    """In bf16 another order of the same sums changes log-probabilities by 0.01. What is sampled has to be what is
+    scored: reading beginnings once, packed matrices and blocks of attention leave every rounding where it was."""
+    model = tiny_model(max_positions=512).bfloat16()
+    ids, mask = ragged("left", lengths=(length, length - 2, length, length - 9))
+    for row, real in zip(ids, mask.bool()):
+        row[real.nonzero()[:length // 2, 0]] = torch.arange(length // 2) % 90
+    drawn = []
+    with packed(model):
+        new = model.generate(ids, 20, mask, generator=torch.Generator().manual_seed(3), logprobs=drawn)
+    with torch.no_grad():
+        logits = model(torch.cat((ids, new), 1), torch.cat((mask, torch.ones_like(new)), 1))[:, -21:-1].float()
+    gap = (torch.stack(drawn, 1) - logits.log_softmax(-1).gather(2, new[:, :, None])[:, :, 0]).abs()
+    assert float(gap.mean()) < 1e-4, (float(gap.mean()), float(gap.max()))
+
+
+def test_a_packed_model_is_the_same_in_bf16():
+    """The bits of every linear with and without a bias, of the head too; undone afterwards; in fp32 nothing happens."""
+    model = tiny_model(qkv_bias=True, mlp_bias=True)
+    with packed(model):
+        assert not any("forward" in vars(m) for m in model.modules())
+    model.bfloat16()
+    ids, mask = ragged("left")
+    with torch.no_grad():
+        expected = model(ids, mask)
+        text = model.generate(ids, 3, mask, temperature=0)
+        with packed(model), packed(model):
+            inside = [m for m in model.modules() if "forward" in vars(m)]
+            assert len(inside) == 7 * model.config.num_layers + 1
+            assert torch.equal(model(ids, mask), expected)
+            assert torch.equal(model.generate(ids, 3, mask, temperature=0), text)
+        assert not any("forward" in vars(m) for m in model.modules())
+        assert torch.equal(model.generate(ids, 20, mask, temperature=0)[:, :3], text)          # packs by itself
 
 
 def test_generate_leaves_no_graph_and_passes_settings_on():

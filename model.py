@@ -596,5 +596,5 @@ class Transformer(nn.Module):
         """May the beginning of a text be read before the rest is known? Not where it sees what follows it, or where
         angles depend on the length. And only on a CPU: on a GPU nobody has measured what it gives."""
         kind = (self.config.rope_scaling or {}).get("rope_type")
-        return (not self.config.prefix_ids and kind not in ("dynamic", "longrope")
-                and self.norm.weight.device.type == "cpu")
+        on_cpu = self.embed_tokens.weight.device.type == "cpu"
+        return on_cpu and not self.config.prefix_ids and kind not in ("dynamic", "longrope")

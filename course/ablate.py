@@ -41,7 +41,7 @@ SWITCHES: dict[str, tuple[str, dict, str | None]] = {
     "lam": ("lambda 1 instead of 0.95", {"lam": 1.0}, None),
     "gamma": ("gamma 0.9 instead of 1", {"gamma": 0.9}, None),
     "epochs": ("one pass over a rollout, not four", {"ppo_epochs": 1}, None),
-    "minibatches": ("four minibatches a pass", {"minibatches": 4}, None),
+    "minibatches": ("four minibatches a pass", {"minibatches": 4, "micro_batch": 64}, None),
     "grad_clip": ("no clip of the gradient", {"grad_clip": 0.0}, None),
     "schedule": ("constant learning rate", {"schedule": "constant"}, None),
     "value_warmup": ("five updates of the value first", {"value_warmup": 5}, None),
@@ -135,16 +135,15 @@ def main(cfg: Config) -> bool:
         lines.append(f"| {name} | {known.get(name, ('',))[0]} | {statistics.median(ends):.4f} | {min(ends):.4f} .. "
                      f"{max(ends):.4f} |")
     usual = runs["as it is"]
-    panels = [figure.Panel(f"{name}: {known[name][0]}", [band(usual, "#2c6fbb", "as it is"),
-                                                            band(runs[name], "#c0392b", "switched")],
-                           "updates", WORLDS[cfg.on][1]) for name in names]
+    panels = [figure.Panel(name, [band(usual, "#2c6fbb", "as it is"), band(runs[name], "#c0392b", "switched")],
+                           "updates", known[name][0]) for name in names]
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     rounded = {name: [[[x, round(y, 5)] for x, y in curve] for curve in curves] for name, curves in runs.items()}
     common.atomic_write(out / f"{cfg.on}.json", json.dumps({"on": cfg.on, "steps": cfg.steps, "runs": rounded}) + "\n")
     common.atomic_write(out / f"{cfg.on}.md", "\n".join(lines) + "\n")
-    common.atomic_write(out / f"{cfg.on}.svg", figure.grid(panels, 4, f"{cfg.on}: one detail at a time, median and "
-                                                           f"range of {cfg.seeds} seeds"))
+    common.atomic_write(out / f"{cfg.on}.svg", figure.grid(panels, 4, f"{WORLDS[cfg.on][1]} on {cfg.on}, one detail "
+                                                           f"at a time: median and range of {cfg.seeds} seeds"))
     print(f"figure: {out / f'{cfg.on}.svg'}   table: {out / f'{cfg.on}.md'}")
     return True
 

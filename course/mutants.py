@@ -55,7 +55,10 @@ EXPLAINED: dict[str, str] = {
     "'torch.maximum(-advantages * ratio.clamp(1 - clip, 1 + clip), -advantag'": "a maximum has no order",
     "ppo.policy_loss: '(ratio - 1).abs() > clip' -> '(ratio - 1).abs() >= clip'":
     "a statistic: at equality the clip changes nothing, and a float is never just there",
-    "ppo.value_loss: 'torch.maximum(plain, clipped)' -> 'torch.maximum(clipped, plain)'": "a maximum has no order"}
+    "ppo.value_loss: 'torch.maximum(plain, clipped)' -> 'torch.maximum(clipped, plain)'": "a maximum has no order",
+    "sft.collate: '1' -> '0'": "document numbers that say 'one document': unneeded, and the same result",
+    "data.batch.pack: '1' -> '2'": "the row in (n, -1) is only compared where n is equal, and is below every row",
+    "data.batch.pack: '1' -> '0'": "(n, 0) is at or below the first row with this room, as (n, -1) is"}
 
 
 @dataclass

@@ -165,7 +165,9 @@ def test_packing_loses_nothing_splits_nothing_and_fits(lengths):
 
 
 def test_best_fit_decreasing_packs_tightly():
-    assert sorted(len(row["ids"]) for row in batch.pack(samples_of([5, 4, 3, 2]), 7)) == [7, 7]
+    named = [{**sample, "where": f"f:{n}"} for n, sample in zip((5, 4, 3, 2), samples_of([5, 4, 3, 2]))]
+    rows = batch.pack(named, 7)
+    assert [(len(row["ids"]), row["where"]) for row in rows] == [(7, "f:5, f:2"), (7, "f:4, f:3")]
     dice = random.Random(0)
     lengths = [dice.randint(5, 100) for _ in range(400)]
     assert len(batch.pack(samples_of(lengths), 256)) <= sum(lengths) / 256 * 1.02 + 1

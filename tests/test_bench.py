@@ -60,8 +60,8 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         name = op.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm"):
-            a = args[1] if name == "addmm" else args[0]
+        if name in ("mm", "addmm", "addmm_", "bmm"):
+            a = args[1] if name.startswith("addmm") else args[0]
             self.flops += 2 * out.numel() * a.shape[-1]
         return out
 

@@ -554,3 +554,24 @@ def test_a_tokenizer_without_end_token_cannot_teach_to_stop(tokenizer):
     tokenizer.chat_template, tokenizer.eos_ids = "alpaca", []
     with pytest.raises(UserError, match="no end token"):
         tokenizer.render(messages("a", "b"))
+
+
+def test_the_space_in_front_belongs_to_the_first_text_and_to_what_follows_a_special_token():
+    """SentencePiece puts a space in front of a text; where one is cut into runs, only a run that begins a text has it.
+    Id 1: a run with the space, 0: without."""
+    class Pieces:
+        add_bos, bos_id, eos_ids = False, None, [9]
+
+        def __init__(self, space_after: bool):
+            self.space_after = space_after
+
+        def split(self, text, special):
+            return [9 if part == "$" else part for part in text.split("|")]
+
+        def encode(self, text, start):
+            return [int(start)]
+
+    said = [("Q:", chat.F), ("hello", chat.A), ("|$|", chat.F), ("more", chat.U)]
+    for space_after, wanted in ((True, [1, 0, 0, 9, 1]), (False, [1, 0, 0, 9, 0])):
+        ids, mask = chat.encode_pieces(Pieces(space_after), said)
+        assert (ids, mask) == (wanted, [0, 1, 0, 0, 0])

@@ -3,6 +3,8 @@
 # make bands   the demo and the benchmarks with five seeds, written to course/expected (hours on a laptop; the results are committed)
 # make proof   PPO against the exact answer, the reward model against its ceiling, and more: course/proof.py (half an hour)
 # make zoo     every certificate against every bug of course/bugs.py, with the curve each of them makes (half an hour)
+# make mutants every small change to the maths must turn a certificate or a test red: course/mutants.py (half an hour)
+# make ablate  PPO's details switched one at a time where the optimum is known: course/ablate.py (ten minutes)
 # make lab     the Goodhart laboratory, from nothing to its figure: over-optimisation, seen (ten minutes)
 # make bench   speed beside transformers + peft
 # Each target builds .venv first, and only when the requirements have changed. PYTHON=python3.12 make ... picks another one.
@@ -13,7 +15,7 @@ PY     := $(VENV)/bin/python
 SEEDS  ?= 0,1,2,3,4
 JOBS   ?= 2
 
-.PHONY: demo test bands proof zoo lab bench lint clean
+.PHONY: demo test bands proof zoo mutants ablate lab bench lint clean
 
 demo: $(VENV)/core
 	$(PY) demo.py
@@ -32,6 +34,12 @@ proof: $(VENV)/core
 
 zoo: $(VENV)/core
 	$(PY) course/zoo.py
+
+mutants: $(VENV)/test
+	OMP_NUM_THREADS=1 $(PY) course/mutants.py --again
+
+ablate: $(VENV)/core
+	$(PY) course/ablate.py --switch all --seeds 5 --out_dir docs/results/ablate
 
 lab: $(VENV)/core
 	$(PY) course/goodhart.py

@@ -64,7 +64,8 @@ EXPLAINED: dict[str, str] = {
 @dataclass
 class Config:
     # --- mutants ---
-    only: tuple[str, ...] = ()         # functions; empty: all
+    only: tuple[str, ...] = ()         # functions, anew; empty: all that mutants.json does not hold yet
+    again: bool = False                # all of them anew
     workers: int = 0                   # mutants at a time; 0: as many as there are cores
     out_dir: str = str(ROOT / "docs" / "results")
 
@@ -202,7 +203,7 @@ def judge(module_name: str, name: str, source: str, text: str) -> str:
 
 def measure(cfg: Config, file: Path, pool: ProcessPoolExecutor) -> list[dict]:
     """Function by function, kept in the file; what is in it is not run again, unless --only names it."""
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not cfg.again else []
     rows = [row for row in rows if row["name"] not in cfg.only]
     for module, name in TARGETS:
         if (cfg.only and name not in cfg.only) or any(r["function"] == f"{module.__name__}.{name}" for r in rows):

@@ -236,5 +236,5 @@ def figure(figures: dict[str, dict]) -> str:
             panels.append(Panel(f"{what} against {name}", [
                 Line(list(zip(xs, [k * v for v in line])), colour="#999999", label=f"theory x {k:.2g}", dashed=True),
                 Line(list(zip(xs, values)), band if what == "time" else [], label="measured", dots=True)],
-                x=found["axis"], y=unit, log=True, legend="bottom"))
+                x=found["axis"], y=unit, log=True, legend="low"))
     return grid(panels, columns=4, title="Growth on a CPU: measured, and theory with one constant a curve")

@@ -34,7 +34,7 @@ class Panel:
     bottom: float | None = None        # values that the axis ends at; None: what the points span
     top: float | None = None
     log: bool = False                  # both axes in powers of ten; only numbers above 0 have a place
-    legend: str = "top"                # top: at the right; bottom: at the left, above the axis
+    legend: str = "top"                # top or low: at the right; bottom: low at the left
 
 
 def number(v: float) -> str:
@@ -48,11 +48,14 @@ def short(v: float) -> str:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Exponents of the round numbers between 10^low and 10^high: powers of ten, and where these are fewer than three
-    also twice and five times them.   1.8 .. 3.3 (64 .. 2048) -> of 100, 200, 500, 1000, 2000"""
+    """Exponents of the round numbers between 10^low and 10^high: powers of ten; where these are fewer than three, also
+    twice and five times them; where those are, all digits.   1.8 .. 3.3 (64 .. 2048) -> of 100, 200, 500, 1000, 2000"""
     tens = range(math.floor(low), math.ceil(high) + 1)
-    sparse = sum(low <= n <= high for n in tens) < 3
-    return [x for n in tens for m in ((1, 2, 5) if sparse else (1,)) if low <= (x := n + math.log10(m)) <= high]
+    for digits in ((1,), (1, 2, 5), range(1, 10)):
+        found = [x for n in tens for m in digits if low <= (x := n + math.log10(m)) <= high]
+        if len(found) >= 3:
+            break
+    return found
 
 
 def take_logs(panel: Panel) -> Panel:
@@ -104,8 +107,10 @@ def draw(panel: Panel, across: float, down: float) -> str:
     legend = [line for line in panel.lines if line.label]
     for k, line in enumerate(legend):
         row, column, anchor = down + 26 + 13 * k, right, "end"
+        if panel.legend != "top":
+            row = floor - 7 - 13 * (len(legend) - 1 - k)
         if panel.legend == "bottom":
-            row, column, anchor = floor - 7 - 13 * (len(legend) - 1 - k), across + LEFT + 6, "start"
+            column, anchor = across + LEFT + 6, "start"
         parts.append(f'<text x="{column}" y="{row}" text-anchor="{anchor}" style="fill:{line.colour}">'
                      f'{html.escape(line.label)}</text>')
     for line in panel.lines:

@@ -289,10 +289,11 @@ def test_p34_at_ratio_one_the_loss_is_minus_the_mean_advantage():
 
 def test_p41_policy_statistics_by_hand():
     """(P41) Log-ratios 0.1 and -0.3: ratios 1.1052 and 0.7408, their mean 0.9230, of squares 0.8851; approxkl
-    (0.01 + 0.09) / 4 = 0.025; one of two is further than 0.2 from 1; with advantages of 1 the surrogate is the
-    mean ratio."""
-    _, stats = ppo.policy_loss(torch.tensor([[0.1, -0.3]]), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2))
-    expected = {"ratio": 0.9230, "ratio_sq": 0.8851, "approxkl": 0.025, "clipfrac": 0.5, "surrogate": 0.9230}
+    (0.01 + 0.09) / 4 = 0.025; one of two is further than 0.2 from 1; with advantages of 1 and -2 the surrogate
+    is (1.1052 - 1.4816) / 2 = -0.1882."""
+    logp, advantages = torch.tensor([[0.1, -0.3]]), torch.tensor([[1.0, -2.0]])
+    _, stats = ppo.policy_loss(logp, torch.zeros(1, 2), advantages, torch.ones(1, 2))
+    expected = {"ratio": 0.9230, "ratio_sq": 0.8851, "approxkl": 0.025, "clipfrac": 0.5, "surrogate": -0.1882}
     assert {k: x.item() for k, x in stats.items()} == pytest.approx(expected, abs=1e-4)
 
 

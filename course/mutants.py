@@ -56,6 +56,8 @@ EXPLAINED: dict[str, str] = {
     "ppo.policy_loss: '(ratio - 1).abs() > clip' -> '(ratio - 1).abs() >= clip'":
     "a statistic: at equality the clip changes nothing, and a float is never just there",
     "ppo.value_loss: 'torch.maximum(plain, clipped)' -> 'torch.maximum(clipped, plain)'": "a maximum has no order",
+    "ppo.credit: 'kernel_gae.gae if use_triton(rewards) else gae' -> 'gae if use_triton(rewards) else kernel_gae.gae'":
+    "without a kernel kernels.gae is the same loop; on a GPU only the time differs",
     "sft.collate: '1' -> '0'": "document numbers that say 'one document': unneeded, and the same result",
     "data.batch.pack: '1' -> '2'": "the row in (n, -1) is only compared where n is equal, and is below every row",
     "data.batch.pack: '1' -> '0'": "(n, 0) is at or below the first row with this room, as (n, -1) is"}

@@ -1,6 +1,6 @@
 """Our kernels beside what a user would pick instead, in one run on one card.
 
-    python -m kernels.bench                                   every row, about eight minutes on an H100
+    python -m kernels.bench                                   every row; --minutes bounds the whole
     python -m kernels.bench --ops attention,decode --minutes 3 --json out/attention.json
     python -m kernels.bench --tune attention                  times tile sizes and prints the table's best lines
 

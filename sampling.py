@@ -261,7 +261,18 @@ def shared(ids: Tensor, mask: Tensor) -> tuple[int, Tensor, Tensor]:
     return best, first, which
 
 
+def one_adapter(model: nn.Module) -> None:
+    """Adapters that share a batch have their places in it, and a row that has ended leaves it."""
+    if any(len(m.switch.active) > 1 for m in model.modules() if hasattr(m, "switch")):
+        raise UserError("sampling needs one adapter for all rows: rows that have ended leave the batch")
+
+
 LARGEST = 10**9                            # weights of which `packed` makes a copy
+
+
+def can_pack() -> bool:
+    """Whether this CPU's library takes packed matrices of bf16: on x86 it wants AVX-512, and fails without."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextlib.contextmanager
@@ -270,7 +281,7 @@ def packed(model: nn.Module):
     units read it, where an ordinary product does it anew every time. Costs a copy of the weights while it lasts."""
     linears = [m for m in model.modules() if type(m) is nn.Linear or hasattr(m, "pack")]
     linears = [m for m in linears if "forward" not in vars(m)]                 # not packed by a block around this one
-    fits = torch.backends.mkldnn.is_available() and sum(m.weight.numel() for m in linears) <= LARGEST
+    fits = can_pack() and sum(m.weight.numel() for m in linears) <= LARGEST
     if not fits or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.bfloat16 for m in linears):
         linears = []
     try:

@@ -337,7 +337,7 @@ class Rollout:
 def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, generator: torch.Generator) -> Rollout:
     """Samples one answer per prompt. No top-k, no top-p: what is sampled must be what is scored. The sampled ids are
     kept as they are; decoding and encoding them again would not give the same tokens back."""
-    device = roles.policy.norm.weight.device
+    device = roles.policy.embed_tokens.weight.device
     ids, mask = (x.to(device) for x in data_batch.pad(prompts, tokenizer.pad_id, side="left"))
     how = lora.merged if roles.adapter and cfg.merge else lora.packed
     sampler: list[Tensor] = []
@@ -402,7 +402,7 @@ def cut(r: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
     """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal rounding
     (with one_pass all but the rounding)."""
-    like = widen(roles.policy.norm.weight)
+    like = widen(roles.policy.embed_tokens.weight[:0])
     for name in ("logp", "entropy", "ref_logp", "values"):
         setattr(r, name, like.new_zeros(r.response.shape))
     r.scores = like.new_zeros(len(r.ids))

@@ -85,7 +85,8 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.adapter = model, adapter
         C = model.config.hidden_size
-        self.head = nn.Linear(C, 1, device=model.embed_tokens.weight.device, dtype=torch.float32)  # bf16 would make ties
+        device = model.embed_tokens.weight.device
+        self.head = nn.Linear(C, 1, device=device, dtype=torch.float32)        # in bf16 there would be ties
         # First scores of order 1 (Stiennon et al. 2020; the 1/(d+1) in their text is a misprint of the code's root).
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(C + 1))
         nn.init.zeros_(self.head.bias)

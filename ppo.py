@@ -23,7 +23,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ class Config:
     ppo_epochs: int = 4                # passes over each rollout
     minibatches: int = 1               # optimiser steps per pass
     micro_batch: int = 16              # answers per forward: lower it when memory runs out, the gradient stays the same
-    one_pass: bool = False             # all roles score in one forward; the first ratio is then 1 but for rounding
+    one_pass: bool = False             # all roles score in one forward; in bf16 the first ratio then rounds
     lr: float = 1e-4                   # of the policy; LoRA. Full fine-tuning 1e-6 .. 1e-5
     value_lr: float = 1e-4             # of the value; Adam ignores the loss's scale, so this replaces the usual vf_coef
     value_warmup: int = 0              # updates in which only the value learns
@@ -234,9 +234,11 @@ class Roles:
         learned = isinstance(self.reward, RewardModel)
         return self.reward(ids, mask, h) if learned else self.reward(ids, mask, response)
 
+    def use(self, role: str) -> contextlib.AbstractContextManager[Transformer]:
+        return lora.use(self.policy, self.adapter) if role == "policy" else lora.use(self.reference, None)
+
     def hidden(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
-        model = self.policy if role == "policy" else self.reference
-        with lora.use(model, self.adapter if role == "policy" else None):
+        with self.use(role) as model:
             return model.hidden(ids, mask)
 
     def hidden_of_all(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -252,6 +254,11 @@ class Roles:
 
     def head(self, role: str) -> torch.nn.Module:
         return (self.policy if role == "policy" else self.reference).lm_head
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What learns and what may not, each once: the reward model's too where it is on the same base."""
+        models = {"policy": self.policy, "reference": self.reference, "value": self.value}
+        return list(torch.nn.ModuleDict(models).named_parameters())
 
     def trainable(self, role: str) -> list[tuple[str, torch.nn.Parameter]]:
         if role == "policy":
@@ -356,7 +363,8 @@ def policy_logprobs(roles: Roles, role: str, ids: Tensor, mask: Tensor, response
     R, keep = response.shape[1], response == 1
     h = roles.hidden(role, ids, mask) if h is None else h                      # (B, P + R, C)
     h = h[:, -R - 1:-1][keep]                                                  # (N, C), one to the left of the tokens
-    logp, H = head_logprobs(roles.head(role), h, ids[:, -R:][keep], temperature, entropy)
+    with roles.use(role):                                                      # --lora_targets may name the head
+        logp, H = head_logprobs(roles.head(role), h, ids[:, -R:][keep], temperature, entropy)
     logp = logp.new_zeros(response.shape).masked_scatter(keep, logp)
     return logp, torch.zeros_like(logp).masked_scatter(keep, H) if entropy else None
 
@@ -401,7 +409,7 @@ def cut(r: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
     """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal rounding
-    (with one_pass all but the rounding)."""
+    (with one_pass all but the rounding: see one_by_one)."""
     like = widen(roles.policy.embed_tokens.weight[:0])
     for name in ("logp", "entropy", "ref_logp", "values"):
         setattr(r, name, like.new_zeros(r.response.shape))
@@ -418,6 +426,20 @@ def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout
         r.scores[rows] = scores.to(like.dtype)
         for to, x in ((r.logp, logp), (r.entropy, entropy), (r.ref_logp, ref_logp), (r.values, values)):
             to[rows, :x.shape[1]] = x
+    return r
+
+
+def one_by_one(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
+    """The first update's `score`, also with one_pass: then its ratio must be 1. One pass multiplies other shapes, which
+    in bf16 moves a log-probability by a few hundredths; here it may move them by that and no more."""
+    score(roles, r, replace(cfg, one_pass=False), world)
+    if cfg.one_pass:
+        once, most = score(roles, replace(r), cfg, world), 1e-4 if world.dtype == torch.float32 else 0.15
+        for role, a, b in (("policy", r.logp, once.logp), ("reference", r.ref_logp, once.ref_logp)):
+            rms = float(((a - b) ** 2 * r.response).sum() / r.response.sum()) ** 0.5
+            if not rms <= most:
+                raise common.UserError(f"--one_pass gives the {role} other log-probabilities than a pass of its own, "
+                                       f"by {rms:.2e} (root mean square; rounding gives at most {most}): drop it")
     return r
 
 
@@ -481,6 +503,8 @@ def update(roles: Roles, r: Rollout, advantages: Tensor, returns: Tensor, optimi
                     stats[name] = stats.get(name, 0.0) + float(x.detach())
                 gap = float(((logp.detach() - old_logp).abs() * response).max())
                 stats["first_gap"] = max(stats.get("first_gap", 0.0), gap)
+            if step == 0 and not history:
+                common.check_gradients(roles.parameters())
             stats = {name: x if name == "first_gap" else common.all_sum(x) for name, x in stats.items()}
             common.sync_gradients([p for _, p in policy + value])
             norms = {"policy_norm": common.clip([p for _, p in policy], cfg.grad_clip),
@@ -529,7 +553,7 @@ def improve(roles: Roles, learner: Learner, batch: list[dict], tokenizer, cfg: C
     t0 = time.perf_counter()
     r = rollout(roles, [p["ids"] for p in batch], tokenizer, cfg, learner.sampler)
     t1 = time.perf_counter()
-    score(roles, r, cfg, world)
+    (score if step else one_by_one)(roles, r, cfg, world)
     coef = learner.controller.coef
     scores, kls, advantages, returns = credit(r, cfg, coef)
     t2 = time.perf_counter()
@@ -561,7 +585,8 @@ def improve(roles: Roles, learner: Learner, batch: list[dict], tokenizer, cfg: C
                "val/last_return_gap": float((returns - rewards).gather(1, last).abs().max()),
                "val/clipfrac_avg": stats["value_clipfrac"], "val/ratio": stats["ratio"],
                "val/ratio_var": max(0.0, stats["ratio_sq"] - stats["ratio"] ** 2),
-               "val/first_ratio_gap": stats["first_gap"], "val/largest_kl": float(kls.abs().max()),
+               **({} if cfg.one_pass and step else {"val/first_ratio_gap": stats["first_gap"]}),
+               "val/largest_kl": float(kls.abs().max()),
                "val/explained_variance": explained_variance(r.values, returns, r.response),
                "val/num_eos_tokens": common.all_sum(float(r.ended.sum())), "val/sampler_gap": sampler_gap / tokens,
                "policy/grad_norm": stats["policy_norm"], "value/grad_norm": stats["value_norm"], "lr": lr,

@@ -3,8 +3,8 @@ writes the figures and, next to it, growth_cpu.svg.
 
     time    a step takes at least   FLOPs / rate of a matrix product  +  bytes / rate of a copy
             Both rates are measured first. FLOPs: 2 for each weight and token forward, 2 for the gradient of what went
-            in, 2 more where the weight is trained; attention 4 H D a pair of tokens, 10 more backward, of those 4 for
-            the scores made again. Bytes: the weights once in each direction, everything that autograd keeps written
+            in, 2 more where the weight is trained; attention 4 H D a pair of tokens, 8 more backward, and 2 where the
+            scores are made again. Bytes: the weights once in each direction, everything that autograd keeps written
             once and read once, 28 for each trained number (AdamW); a decoding step reads weights and cache.
     memory  what memory.py adds up without a model: weights, gradients, moments, activations, logits.
 

@@ -48,7 +48,7 @@ class Config:
     top_p: float = 0.95                # draw among the likeliest tokens that have this probability together
     max_new_tokens: int = 256          # an answer is cut there
     seed: int = 0                      # the same seed and questions give the same answers
-    graph: bool = False                # steps of one shape, on a GPU from a CUDA graph: the same answers
+    graph: bool = False                # steps of one shape, on a GPU from a CUDA graph: the same but for rounding
     # --- without a conversation ---
     prompt: str = ""                   # one answer, then leave; without it a pipe is read as one prompt
     prompts: str = ""                  # a json or jsonl file: every prompt of it is answered

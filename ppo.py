@@ -4,7 +4,10 @@ without letting it drift far from the model it started as.
     per token:    r_t = -beta * (log p_policy - log p_reference) + [t = last token] * reward(prompt + answer)
     advantage:    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t    GAE, eq. 16
     policy loss:  mean over answer tokens of max(-A rho, -A clip(rho, 1-e, 1+e)),  rho = p_new / p_old       PPO, eq. 7
-    1707.06347 eq. 7 value loss:   mean of 1/2 max((V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2),   R = A + V_old
+    value loss:   mean of 1/2 max((V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2),   R = A + V_old
+
+GAE: Schulman et al. 2016, arXiv 1506.02438; PPO: 2017, arXiv 1707.06347, whose text clips the policy only: the value's
+clip is from its authors' code.
 
 Four roles, one base: the reference is the frozen base itself; policy, value and reward are adapters on it with their
 heads. A 7B model then needs 15 GB instead of 54 (four copies). --lora_r 0 trains whole, separate models instead.
@@ -66,7 +69,7 @@ class Config:
     temperature: float = 1.0           # of the sampler, and of every log-probability: they must be one distribution
     missing_eos: float | None = -1.0   # score of an answer that did not end by itself; none: judge it as it is
     merge: bool = False                # sample with the adapter merged in: faster, but bf16 rounds W + BA
-    graph: bool = False                # sample in steps of one shape, on a GPU from a CUDA graph: the same text
+    graph: bool = False                # steps of one shape, on a GPU from a CUDA graph: the same but for rounding
     # --- reward and KL ---
     kl_coef: float = 0.05              # beta: the price of a nat away from the reference
     kl_target: float | None = None     # nats per answer: beta then adapts to hold this KL (6 in Ziegler et al. 2019)

@@ -7,8 +7,9 @@ A model gives `decode` its first logits and two functions: the logits behind a n
 have in common, which are read once; `packed` lays the matrices out for a CPU's matrix units.
 
 A step launches hundreds of kernels, and at batch 1 a GPU is done with each before Python has asked for the next.
-`decode_static` gives every step the same shapes and addresses, so that a GPU records one and replays it; the text is
-the same, drawn from the same random numbers. What must be asked of the host happens between rounds of EVERY tokens:
+`decode_static` gives every step the same shapes and addresses, so that a GPU records one and replays it; the random
+numbers are the same, and the text too up to rounding. What must be asked of the host happens between rounds of EVERY
+tokens:
 
     round    | lay out 16 tokens | step step step ... step | who has ended? | lay out 16 | step step ...
                positions, masks,   row i of the layout,      one wait for
@@ -137,6 +138,8 @@ def decode_static(logits: Tensor, ahead: Callable[[int], tuple], step: Callable[
 
 
 def default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index] \
         if device.type == "cuda" else torch.default_generator
 

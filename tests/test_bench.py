@@ -16,6 +16,7 @@ import bench_growth
 import bench_recipe
 import checkpoints
 import memory
+from common import UserError
 from course import figure
 from data.tokenizer import load_tokenizer
 
@@ -41,6 +42,13 @@ def test_a_power_law_is_a_straight_line_on_log_axes():
     assert points[0][1] > points[1][1] > points[2][1]
     plain = figure.grid([figure.Panel("p", [line])])
     assert svg != plain
+
+
+@pytest.mark.parametrize("what", ["recipe", "growth", "load"])
+@pytest.mark.parametrize("flag", [{"device": "cuda"}, {"dtype": "fp32"}])
+def test_a_flag_that_would_be_ignored_is_refused(what, flag):
+    with pytest.raises(UserError, match=f"--what {what} measures a CPU.*--what train"):
+        bench.main(bench.Config(what=what, **flag))
 
 
 # ---------------------------------------------------------------- growth

@@ -42,6 +42,7 @@ class Config:
     template: str = ""                 # a chat format (help: a list); empty: the model's own; none: plain completion
     device: str = "auto"               # auto | cpu | cuda | mps
     dtype: str = "auto"                # auto | bf16 | fp32
+    quant: str = ""                    # nf4: the linears in four bits, as the stages load a model with --quant
     # --- answers ---
     system: str = ""                   # what the model is told before the conversation
     temperature: float = 0.7           # 0: always the most likely token
@@ -76,7 +77,7 @@ class Speaker:
     """A model with its tokenizer, its own conversation and its own random numbers."""
     def __init__(self, name: str, cfg: Config, world: common.World):
         self.name, self.cfg, self.plain = name, cfg, cfg.template == "none"
-        self.model, tokenizer = checkpoints.load(find(name), world.device, world.dtype)
+        self.model, tokenizer = checkpoints.load(find(name), world.device, world.dtype, quant=cfg.quant)
         own = tokenizer and tokenizer.chat_template
         used = chat.use_format(tokenizer, "" if self.plain else cfg.template)
         self.next_question = "" if self.plain else chat.next_question(used)

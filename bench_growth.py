@@ -87,12 +87,13 @@ def theory(point: dict, rates: dict[str, float]) -> tuple[float, int]:
     config, B, T, r = config_of(point), point["batch"], point["length"], point["r"]
     H, L, D, V = config.num_heads, config.num_layers, config.head_dim, config.vocab_size
     linear, head = memory.count(config, lora.ALL_LINEAR), V * config.hidden_size
+    plan = memory.Plan(config, "sft", B, T, lora_r=r, dtype=torch.bfloat16)
     if point.get("decode"):
         context = T + DECODED / 2                                              # on average
         cache = 2 * 2 * L * config.num_kv_heads * D * B * (T + DECODED + 1)
         flops = 2 * B * (linear + head) + 4 * L * H * D * B * context
-        return flops / rates["product"] + (2 * (linear + head) + cache) / rates["copy"], 2 * 2 * (linear + head) + cache
-    plan = memory.Plan(config, "sft", B, T, lora_r=r, dtype=torch.bfloat16, device="cpu")
+        return flops / rates["product"] + (2 * (linear + head) + cache) / rates["copy"], \
+            2 * (linear + head) + memory.packed_bytes(plan) + cache
     table = memory.estimate(config, "sft", batch=B, length=T, lora_r=r, dtype=torch.bfloat16)
     in_blocks = sum((rows.stop - rows.start) * keys.stop for rows, keys in blocks.spans(None, T, T))
     pairs = in_blocks if T > SHORT else T * T

@@ -640,7 +640,8 @@ def main(cfg: Config) -> bool:
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
                                            lora_r=cfg.lora_r, dtype=world.dtype, quant=cfg.quant,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
-                                           checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge))
+                                           checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge,
+                                           device=world.device.type))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     chat.use_format(tokenizer, cfg.template)

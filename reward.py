@@ -318,7 +318,8 @@ def main(cfg: Config) -> bool:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "reward", batch=2 * cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
-                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant))
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant,
+                                           device=world.device.type))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     chat.use_format(tokenizer, cfg.template)

@@ -294,6 +294,10 @@ def load_table(case: str, size: int, runs: dict[str, list[dict]]) -> dict:
 def main(cfg: Config) -> None:
     if cfg.what not in (known := ("train", "recipe", "growth", "load")):
         raise common.UserError(f"--what {cfg.what} is unknown; known: {', '.join(known)}")
+    if cfg.what != "train" and not cfg.peer:
+        if cfg.device not in ("auto", "cpu") or cfg.dtype != Config.dtype:
+            raise common.UserError(f"--what {cfg.what} measures a CPU in dtypes of its own: "
+                                   "--device and --dtype are for --what train")
     if cfg.what == "load":
         versions = {"transformers": importlib.metadata.version("transformers")}
         return load_once(cfg) if cfg.peer else write_figures(cfg, bench_load(cfg), versions)

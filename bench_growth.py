@@ -3,8 +3,8 @@ writes the figures and, next to it, growth_cpu.svg.
 
     time    a step takes at least   FLOPs / rate of a matrix product  +  bytes / rate of a copy
             Both rates are measured first. FLOPs: 2 for each weight and token forward, 2 for the gradient of what went
-            in, 2 more where the weight is trained; attention 4 H D a pair of tokens, 10 more backward, of those 4 for
-            the scores made again. Bytes: the weights once in each direction, everything that autograd keeps written
+            in, 2 more where the weight is trained; attention 4 H D a pair of tokens, 8 more backward, and 2 where the
+            scores are made again. Bytes: the weights once in each direction, everything that autograd keeps written
             once and read once, 28 for each trained number (AdamW); a decoding step reads weights and cache.
     memory  what memory.py adds up without a model: weights, gradients, moments, activations, logits.
 
@@ -87,12 +87,13 @@ def theory(point: dict, rates: dict[str, float]) -> tuple[float, int]:
     config, B, T, r = config_of(point), point["batch"], point["length"], point["r"]
     H, L, D, V = config.num_heads, config.num_layers, config.head_dim, config.vocab_size
     linear, head = memory.count(config, lora.ALL_LINEAR), V * config.hidden_size
+    plan = memory.Plan(config, "sft", B, T, lora_r=r, dtype=torch.bfloat16)
     if point.get("decode"):
         context = T + DECODED / 2                                              # on average
         cache = 2 * 2 * L * config.num_kv_heads * D * B * (T + DECODED + 1)
         flops = 2 * B * (linear + head) + 4 * L * H * D * B * context
-        return flops / rates["product"] + (2 * (linear + head) + cache) / rates["copy"], 2 * 2 * (linear + head) + cache
-    plan = memory.Plan(config, "sft", B, T, lora_r=r, dtype=torch.bfloat16, device="cpu")
+        return flops / rates["product"] + (2 * (linear + head) + cache) / rates["copy"], \
+            2 * (linear + head) + memory.packed_bytes(plan) + cache
     table = memory.estimate(config, "sft", batch=B, length=T, lora_r=r, dtype=torch.bfloat16)
     in_blocks = sum((rows.stop - rows.start) * keys.stop for rows, keys in blocks.spans(None, T, T))
     pairs = in_blocks if T > SHORT else T * T

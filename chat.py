@@ -42,13 +42,14 @@ class Config:
     template: str = ""                 # a chat format (help: a list); empty: the model's own; none: plain completion
     device: str = "auto"               # auto | cpu | cuda | mps
     dtype: str = "auto"                # auto | bf16 | fp32
+    quant: str = ""                    # nf4: the linears in four bits, as the stages load a model with --quant
     # --- answers ---
     system: str = ""                   # what the model is told before the conversation
     temperature: float = 0.7           # 0: always the most likely token
     top_p: float = 0.95                # draw among the likeliest tokens that have this probability together
     max_new_tokens: int = 256          # an answer is cut there
     seed: int = 0                      # the same seed and questions give the same answers
-    graph: bool = False                # steps of one shape, on a GPU from a CUDA graph: the same answers
+    graph: bool = False                # steps of one shape, on a GPU from a CUDA graph: the same but for rounding
     # --- without a conversation ---
     prompt: str = ""                   # one answer, then leave; without it a pipe is read as one prompt
     prompts: str = ""                  # a json or jsonl file: every prompt of it is answered
@@ -76,7 +77,7 @@ class Speaker:
     """A model with its tokenizer, its own conversation and its own random numbers."""
     def __init__(self, name: str, cfg: Config, world: common.World):
         self.name, self.cfg, self.plain = name, cfg, cfg.template == "none"
-        self.model, tokenizer = checkpoints.load(find(name), world.device, world.dtype)
+        self.model, tokenizer = checkpoints.load(find(name), world.device, world.dtype, quant=cfg.quant)
         own = tokenizer and tokenizer.chat_template
         used = chat.use_format(tokenizer, "" if self.plain else cfg.template)
         self.next_question = "" if self.plain else chat.next_question(used)

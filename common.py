@@ -452,10 +452,11 @@ def git_hash() -> str:
 # ---------------------------------------------------------------- run folder
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-CONTENTS = ("gate.json", "report.html", *LOGS, "state", "model", "adapter", "config.json")   # what --overwrite removes
+CONTENTS = ("gate.json", "report.html", *LOGS, "state", "model", "adapter", "policy", "value",
+            "config.json")                               # what --overwrite removes
 # The weights in a state, or its place in the data, depend on these options: with other values it would not fit.
 FIXED = ("init", "reward", "data", "valid", "valid_share", "format", "template", "skip_bad", "max_len", "max_prompt",
-         "packing", "batch_size", "lora_r", "lora_alpha", "lora_targets", "seed")
+         "eval_prompts", "packing", "batch_size", "lora_r", "lora_alpha", "lora_targets", "quant", "seed")
 
 
 class Run:

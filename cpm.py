@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import Cache, RMSNorm
-from sampling import decode, left_pad
+from sampling import decode, left_pad, one_adapter
 from t5 import bucket, check_buckets, hide
 
 PROMPT, TEXT = 0, 2                        # segments, as in the published model
@@ -139,6 +139,7 @@ class CPM(nn.Module):
     def generate(self, ids: Tensor, max_new_tokens: int, mask: Tensor | None = None, temperature: float = 1.0,
                  **settings) -> Tensor:
         """(B, T) prompts, padded on either side -> (B, n) new tokens; 0.0 = greedy; settings: see sampling.decode."""
+        one_adapter(self)
         ids, mask = left_pad(ids, mask)
         size = self.config.prompt_length + ids.shape[1] + max_new_tokens
         cache = Cache(self.config, len(ids), size, ids.device, self.embed_tokens.weight.dtype)

@@ -71,10 +71,16 @@ class LoRALinear(nn.Linear):
     def delta(self, name: str) -> Tensor:
         return self.scale[name] * (self.lora_B[name].float() @ self.lora_A[name].float())      # (out, in)
 
+    def active(self) -> tuple[str | None, ...]:
+        """The adapters that are on; never another than the one that `weight` contains."""
+        if self.merged is not None and set(self.switch.active) != {self.merged}:
+            raise RuntimeError(f"adapter {self.merged!r} is merged, {self.switch.active} was asked for: unmerge first")
+        return self.switch.active
+
     def forward(self, x: Tensor) -> Tensor:
-        names, n = self.switch.active, len(x) // len(self.switch.active)              # n rows of the batch for each
-        if self.merged is not None and set(names) != {self.merged}:
-            raise RuntimeError(f"adapter {self.merged!r} is merged, {names} was asked for: unmerge first")
+        names, n = self.active(), len(x) // len(self.switch.active)                   # n rows of the batch for each
+        if n * len(names) != len(x):
+            raise UserError(f"{len(x)} rows are no equal shares for {len(names)} adapters: {names}")
         adapters = [Adapter(self.lora_A[name], self.lora_B[name], self.scale[name], slice(i * n, (i + 1) * n))
                     for i, name in enumerate(names) if name in self.scale and name != self.merged]
         matrix, plain = (self.weight, F.linear) if self.quantised is None else (self.quantised, nf4_linear)
@@ -82,9 +88,7 @@ class LoRALinear(nn.Linear):
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """`forward` as sampling.packed wants it: x W^T and x A^T are one product with [W; A]."""
-        name, *others = self.switch.active
-        if others:
-            raise UserError("sampling needs one adapter for all rows: rows that have ended leave the batch")
+        name, = self.active()
         if name not in self.scale or self.merged == name:
             return sampling.pack(self.weight, self.bias)
         A, B = self.lora_A[name].to(self.weight.dtype), self.lora_B[name].to(self.weight.dtype).t().contiguous()
@@ -167,6 +171,8 @@ def use(model: nn.Module, *names: str | None):
     """Within the block the model computes with adapter `name`, or as the bare base with None. With several names each
     has its equal share of the batch's rows: use(m, "policy", None) of 8 rows is policy for 4, base for 4."""
     switch = next((m.switch for _, m in layers(model)), Switch())
+    if not names:
+        raise UserError("lora.use needs a name, or None for the bare base")
     for name in names:
         if name is not None:
             check(model, name)

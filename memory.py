@@ -10,6 +10,7 @@ Sampling and training take turns, so the peak is what always stays plus the larg
 
     python ppo.py --init llama-7b --dry_run
 """
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,7 @@ import rwkv
 from common import UserError, human
 from kernels import blocks, nf4
 from model import SHORT, ModelConfig
+from sampling import LARGEST, can_pack
 
 CARDS = (8, 16, 24, 40, 80)            # GiB, though everyone calls them GB
 RESERVE = 1.5e9                        # what a CUDA context and a fragmented allocator keep for themselves
@@ -44,7 +46,7 @@ class Plan:
     separate_models: bool = False      # PPO: a whole model for each role
     merge: bool = True                 # PPO: the adapter is merged into the weights for sampling
     quant: str = ""                    # nf4: the frozen linears in four bits
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cpu"                # cpu | cuda | mps: attention is computed in other ways there
 
     @property
     def r(self) -> int:
@@ -89,6 +91,7 @@ class Table:
     sampling: Rows                     # only while sampling
     compare: list[tuple[str, int]] = field(default_factory=list)         # (another way to do the same, its bytes)
     fixes: list[tuple[str, int, int]] = field(default_factory=list)      # (flag, peak with it, and with those before)
+    on_a_card: int = 0                                                   # the peak there
     free: tuple[str, int] | None = None                                  # (device, bytes)
 
     @property
@@ -358,7 +361,16 @@ def sampling(p: Plan) -> Rows:
     if p.merge and p.r:
         originals = s * count(p.config, tuple(p.targets))
         rows.append(("unmerged originals", originals, "kept while the adapter is merged into the weights"))
+    if copies := packed_bytes(p):
+        rows.append(("packed matrices", copies, "a copy of the weights as a CPU's matrix units read them"))
     return rows + unpacked(p)
+
+
+def packed_bytes(p: Plan) -> int:
+    """What sampling.packed adds while it lasts."""
+    numbers = count(p.config, (*lora.ALL_LINEAR, "lm_head"))
+    bf16 = p.device == "cpu" and p.s == 2 and not p.mixed and not p.quant
+    return 2 * numbers if bf16 and numbers <= LARGEST and can_pack() else 0
 
 
 # ---------------------------------------------------------------- the estimate
@@ -373,7 +385,8 @@ def estimate(config: ModelConfig, stage: str, **settings) -> Table:
     if stage == "ppo":
         table.compare = [("four bf16 copies, without any training state", 4 * 2 * n),
                          ("policy and value trained whole, and two frozen bf16 models", (2 * 16 + 2 * 2) * n)]
-    table.fixes, table.free = fixes(plan), free_memory()
+    table.fixes, table.free = fixes(plan), free_memory(plan.device)
+    table.on_a_card = tabulate(replace(plan, device="cuda")).total
     return table
 
 
@@ -389,8 +402,10 @@ def fixes(plan: Plan) -> list[tuple[str, int, int]]:
     options = {"--dtype bf16": {"dtype": torch.bfloat16}, "--checkpointing": {"checkpointing": True},
                "--micro_batch 1": {"batch": 1}, "--no_merge": {"merge": False},
                f"--batch_size {plan.rollout // 2}": {"rollout": plan.rollout // 2}}
-    if plan.r and not plan.quant and isinstance(plan.config, ModelConfig) and (plan.stage != "ppo" or not plan.merge):
-        options["--quant nf4"] = {"quant": "nf4"}
+    if plan.r and not plan.quant and (plan.stage != "ppo" or not plan.merge):
+        with contextlib.suppress(UserError):             # not every family and width goes into four bits
+            checkpoints.four_bits(build(plan.config), "nf4", "the model")
+            options["--quant nf4"] = {"quant": "nf4"}
     if plan.r == 0:
         options["--lora_r 16"] = {"lora_r": 16, "separate_models": False}
     if plan.stage == "ppo":
@@ -412,10 +427,10 @@ def fixes(plan: Plan) -> list[tuple[str, int, int]]:
     return found
 
 
-def free_memory() -> tuple[str, int] | None:
+def free_memory(device: str = "cpu") -> tuple[str, int] | None:
     """What this machine could give just now."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
+    if device == "cuda":
+        return (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             line = next(line for line in file if line.startswith("MemAvailable"))
@@ -444,8 +459,8 @@ def print_table(t: Table) -> None:
     print(f"  {'peak':28}{gb(t.total):>48}   what always stays + {'the larger of two' if t.sampling else 'training'}\n")
     for what, n in t.compare:
         print(f"  for comparison: {gb(n)} {what}")
-    fits = ", ".join(f"{card} GB {'yes' if t.total + RESERVE <= card * 2**30 else 'no'}" for card in CARDS)
-    print(f"  fits on a card of: {fits}   (with {gb(RESERVE)} for CUDA itself)")
+    fits = ", ".join(f"{card} GB {'yes' if t.on_a_card + RESERVE <= card * 2**30 else 'no'}" for card in CARDS)
+    print(f"  fits on a card of: {fits}   (its peak is {gb(t.on_a_card)}, and {gb(RESERVE)} for CUDA itself)")
     if t.free:
         print(f"  {t.free[0]} has {gb(t.free[1])} free: it {'fits' if t.total <= t.free[1] else 'does not fit'}")
     if t.fixes:

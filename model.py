@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import blocks, glu, norm, rope
 from kernels.backend import use_triton
 from kernels.bounds import Bounds, bounds
-from sampling import Cache, Layout, StaticCache, decode, decode_static, left_pad, packed, shared
+from sampling import Cache, Layout, StaticCache, decode, decode_static, left_pad, one_adapter, packed, shared
 
 
 @dataclass
@@ -552,7 +552,8 @@ class Transformer(nn.Module):
         """(B, P) prompts, padded on either side -> (B, n) new tokens, n <= max_new_tokens; 0.0 = greedy; a row keeps
         its end token and is filled with pad_id behind it. on_token((B,) ids) is called after every step; a list given
         as logprobs receives one (B,) tensor a step: the log-probability with which each token was drawn. graph: the
-        same text in steps of one shape, which a GPU replays from a CUDA graph."""
+        same but for rounding in steps of one shape, which a GPU replays from a CUDA graph."""
+        one_adapter(self)
         ids, mask = left_pad(ids, mask)
         room, dtype = ids.shape[1] + max_new_tokens, self.embed_tokens.weight.dtype
         cache = (StaticCache if graph else Cache)(self.config, len(ids), room, ids.device, dtype)

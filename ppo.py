@@ -4,7 +4,10 @@ without letting it drift far from the model it started as.
     per token:    r_t = -beta * (log p_policy - log p_reference) + [t = last token] * reward(prompt + answer)
     advantage:    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V_{t+1} - V_t    GAE, eq. 16
     policy loss:  mean over answer tokens of max(-A rho, -A clip(rho, 1-e, 1+e)),  rho = p_new / p_old       PPO, eq. 7
-    1707.06347 eq. 7 value loss:   mean of 1/2 max((V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2),   R = A + V_old
+    value loss:   mean of 1/2 max((V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2),   R = A + V_old
+
+GAE: Schulman et al. 2016, arXiv 1506.02438; PPO: 2017, arXiv 1707.06347, whose text clips the policy only: the value's
+clip is from its authors' code.
 
 Four roles, one base: the reference is the frozen base itself; policy, value and reward are adapters on it with their
 heads. A 7B model then needs 15 GB instead of 54 (four copies). --lora_r 0 trains whole, separate models instead.
@@ -23,7 +26,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,7 +69,7 @@ class Config:
     temperature: float = 1.0           # of the sampler, and of every log-probability: they must be one distribution
     missing_eos: float | None = -1.0   # score of an answer that did not end by itself; none: judge it as it is
     merge: bool = False                # sample with the adapter merged in: faster, but bf16 rounds W + BA
-    graph: bool = False                # sample in steps of one shape, on a GPU from a CUDA graph: the same text
+    graph: bool = False                # steps of one shape, on a GPU from a CUDA graph: the same but for rounding
     # --- reward and KL ---
     kl_coef: float = 0.05              # beta: the price of a nat away from the reference
     kl_target: float | None = None     # nats per answer: beta then adapts to hold this KL (6 in Ziegler et al. 2019)
@@ -77,7 +80,7 @@ class Config:
     ppo_epochs: int = 4                # passes over each rollout
     minibatches: int = 1               # optimiser steps per pass
     micro_batch: int = 16              # answers per forward: lower it when memory runs out, the gradient stays the same
-    one_pass: bool = False             # all roles score in one forward; the first ratio is then 1 but for rounding
+    one_pass: bool = False             # all roles score in one forward; in bf16 the first ratio then rounds
     lr: float = 1e-4                   # of the policy; LoRA. Full fine-tuning 1e-6 .. 1e-5
     value_lr: float = 1e-4             # of the value; Adam ignores the loss's scale, so this replaces the usual vf_coef
     value_warmup: int = 0              # updates in which only the value learns
@@ -234,9 +237,11 @@ class Roles:
         learned = isinstance(self.reward, RewardModel)
         return self.reward(ids, mask, h) if learned else self.reward(ids, mask, response)
 
+    def use(self, role: str) -> contextlib.AbstractContextManager[Transformer]:
+        return lora.use(self.policy, self.adapter) if role == "policy" else lora.use(self.reference, None)
+
     def hidden(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
-        model = self.policy if role == "policy" else self.reference
-        with lora.use(model, self.adapter if role == "policy" else None):
+        with self.use(role) as model:
             return model.hidden(ids, mask)
 
     def hidden_of_all(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -252,6 +257,11 @@ class Roles:
 
     def head(self, role: str) -> torch.nn.Module:
         return (self.policy if role == "policy" else self.reference).lm_head
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What learns and what may not, each once: the reward model's too where it is on the same base."""
+        models = {"policy": self.policy, "reference": self.reference, "value": self.value}
+        return list(torch.nn.ModuleDict(models).named_parameters())
 
     def trainable(self, role: str) -> list[tuple[str, torch.nn.Parameter]]:
         if role == "policy":
@@ -337,7 +347,7 @@ class Rollout:
 def rollout(roles: Roles, prompts: list[list[int]], tokenizer, cfg: Config, generator: torch.Generator) -> Rollout:
     """Samples one answer per prompt. No top-k, no top-p: what is sampled must be what is scored. The sampled ids are
     kept as they are; decoding and encoding them again would not give the same tokens back."""
-    device = roles.policy.norm.weight.device
+    device = roles.policy.embed_tokens.weight.device
     ids, mask = (x.to(device) for x in data_batch.pad(prompts, tokenizer.pad_id, side="left"))
     how = lora.merged if roles.adapter and cfg.merge else lora.packed
     sampler: list[Tensor] = []
@@ -356,7 +366,8 @@ def policy_logprobs(roles: Roles, role: str, ids: Tensor, mask: Tensor, response
     R, keep = response.shape[1], response == 1
     h = roles.hidden(role, ids, mask) if h is None else h                      # (B, P + R, C)
     h = h[:, -R - 1:-1][keep]                                                  # (N, C), one to the left of the tokens
-    logp, H = head_logprobs(roles.head(role), h, ids[:, -R:][keep], temperature, entropy)
+    with roles.use(role):                                                      # --lora_targets may name the head
+        logp, H = head_logprobs(roles.head(role), h, ids[:, -R:][keep], temperature, entropy)
     logp = logp.new_zeros(response.shape).masked_scatter(keep, logp)
     return logp, torch.zeros_like(logp).masked_scatter(keep, H) if entropy else None
 
@@ -401,8 +412,8 @@ def cut(r: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
     """All four roles read the same ids, in the micro-batches of the update that follows: equal shapes, equal rounding
-    (with one_pass all but the rounding)."""
-    like = widen(roles.policy.norm.weight)
+    (with one_pass all but the rounding: see one_by_one)."""
+    like = widen(roles.policy.embed_tokens.weight[:0])
     for name in ("logp", "entropy", "ref_logp", "values"):
         setattr(r, name, like.new_zeros(r.response.shape))
     r.scores = like.new_zeros(len(r.ids))
@@ -418,6 +429,20 @@ def score(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout
         r.scores[rows] = scores.to(like.dtype)
         for to, x in ((r.logp, logp), (r.entropy, entropy), (r.ref_logp, ref_logp), (r.values, values)):
             to[rows, :x.shape[1]] = x
+    return r
+
+
+def one_by_one(roles: Roles, r: Rollout, cfg: Config, world: common.World) -> Rollout:
+    """The first update's `score`, also with one_pass: then its ratio must be 1. One pass multiplies other shapes, which
+    in bf16 moves a log-probability by a few hundredths; here it may move them by that and no more."""
+    score(roles, r, replace(cfg, one_pass=False), world)
+    if cfg.one_pass:
+        once, most = score(roles, replace(r), cfg, world), 1e-4 if world.dtype == torch.float32 else 0.15
+        for role, a, b in (("policy", r.logp, once.logp), ("reference", r.ref_logp, once.ref_logp)):
+            rms = float(((a - b) ** 2 * r.response).sum() / r.response.sum()) ** 0.5
+            if not rms <= most:
+                raise common.UserError(f"--one_pass gives the {role} other log-probabilities than a pass of its own, "
+                                       f"by {rms:.2e} (root mean square; rounding gives at most {most}): drop it")
     return r
 
 
@@ -481,6 +506,8 @@ def update(roles: Roles, r: Rollout, advantages: Tensor, returns: Tensor, optimi
                     stats[name] = stats.get(name, 0.0) + float(x.detach())
                 gap = float(((logp.detach() - old_logp).abs() * response).max())
                 stats["first_gap"] = max(stats.get("first_gap", 0.0), gap)
+            if step == 0 and not history:
+                common.check_gradients(roles.parameters())
             stats = {name: x if name == "first_gap" else common.all_sum(x) for name, x in stats.items()}
             common.sync_gradients([p for _, p in policy + value])
             norms = {"policy_norm": common.clip([p for _, p in policy], cfg.grad_clip),
@@ -529,7 +556,7 @@ def improve(roles: Roles, learner: Learner, batch: list[dict], tokenizer, cfg: C
     t0 = time.perf_counter()
     r = rollout(roles, [p["ids"] for p in batch], tokenizer, cfg, learner.sampler)
     t1 = time.perf_counter()
-    score(roles, r, cfg, world)
+    (score if step else one_by_one)(roles, r, cfg, world)
     coef = learner.controller.coef
     scores, kls, advantages, returns = credit(r, cfg, coef)
     t2 = time.perf_counter()
@@ -561,7 +588,8 @@ def improve(roles: Roles, learner: Learner, batch: list[dict], tokenizer, cfg: C
                "val/last_return_gap": float((returns - rewards).gather(1, last).abs().max()),
                "val/clipfrac_avg": stats["value_clipfrac"], "val/ratio": stats["ratio"],
                "val/ratio_var": max(0.0, stats["ratio_sq"] - stats["ratio"] ** 2),
-               "val/first_ratio_gap": stats["first_gap"], "val/largest_kl": float(kls.abs().max()),
+               **({} if cfg.one_pass and step else {"val/first_ratio_gap": stats["first_gap"]}),
+               "val/largest_kl": float(kls.abs().max()),
                "val/explained_variance": explained_variance(r.values, returns, r.response),
                "val/num_eos_tokens": common.all_sum(float(r.ended.sum())), "val/sampler_gap": sampler_gap / tokens,
                "policy/grad_norm": stats["policy_norm"], "value/grad_norm": stats["value_norm"], "lr": lr,
@@ -612,7 +640,8 @@ def main(cfg: Config) -> bool:
                                            prompt=cfg.max_prompt, response=cfg.response_len, rollout=cfg.batch_size,
                                            lora_r=cfg.lora_r, dtype=world.dtype, quant=cfg.quant,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
-                                           checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge))
+                                           checkpointing=cfg.checkpointing, separate_models=full, merge=cfg.merge,
+                                           device=world.device.type))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     chat.use_format(tokenizer, cfg.template)

@@ -85,7 +85,8 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.adapter = model, adapter
         C = model.config.hidden_size
-        self.head = nn.Linear(C, 1, device=model.norm.weight.device, dtype=torch.float32)   # fp32: bf16 would make ties
+        device = model.embed_tokens.weight.device
+        self.head = nn.Linear(C, 1, device=device, dtype=torch.float32)        # in bf16 there would be ties
         # First scores of order 1 (Stiennon et al. 2020; the 1/(d+1) in their text is a misprint of the code's root).
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(C + 1))
         nn.init.zeros_(self.head.bias)
@@ -317,7 +318,8 @@ def main(cfg: Config) -> bool:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "reward", batch=2 * cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
-                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant))
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant,
+                                           device=world.device.type))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     chat.use_format(tokenizer, cfg.template)

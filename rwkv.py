@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sampling import decode, left_pad
+from sampling import decode, left_pad, one_adapter
 
 FAR = 1e30           # tokens of fading after which nothing is left: e^(1e30 w) = 0. Not inf, which times 0 would be NaN
 LOWEST = -1e38       # the exponent of nothing. Not -inf, for the same reason
@@ -284,6 +284,7 @@ class RWKV(nn.Module):
     def generate(self, ids: Tensor, max_new_tokens: int, mask: Tensor | None = None, temperature: float = 1.0,
                  **settings) -> Tensor:
         """(B, P) prompts, padded on either side -> (B, n) new tokens; 0.0 = greedy; settings: see sampling.decode."""
+        one_adapter(self)
         ids, mask = left_pad(ids, mask)
         state = State(self.config, len(ids), ids.device, self.embed_norm.weight.dtype)
 

@@ -7,8 +7,9 @@ A model gives `decode` its first logits and two functions: the logits behind a n
 have in common, which are read once; `packed` lays the matrices out for a CPU's matrix units.
 
 A step launches hundreds of kernels, and at batch 1 a GPU is done with each before Python has asked for the next.
-`decode_static` gives every step the same shapes and addresses, so that a GPU records one and replays it; the text is
-the same, drawn from the same random numbers. What must be asked of the host happens between rounds of EVERY tokens:
+`decode_static` gives every step the same shapes and addresses, so that a GPU records one and replays it; the random
+numbers are the same, and the text too up to rounding. What must be asked of the host happens between rounds of EVERY
+tokens:
 
     round    | lay out 16 tokens | step step step ... step | who has ended? | lay out 16 | step step ...
                positions, masks,   row i of the layout,      one wait for
@@ -137,6 +138,8 @@ def decode_static(logits: Tensor, ahead: Callable[[int], tuple], step: Callable[
 
 
 def default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index] \
         if device.type == "cuda" else torch.default_generator
 
@@ -261,7 +264,18 @@ def shared(ids: Tensor, mask: Tensor) -> tuple[int, Tensor, Tensor]:
     return best, first, which
 
 
+def one_adapter(model: nn.Module) -> None:
+    """Adapters that share a batch have their places in it, and a row that has ended leaves it."""
+    if any(len(m.switch.active) > 1 for m in model.modules() if hasattr(m, "switch")):
+        raise UserError("sampling needs one adapter for all rows: rows that have ended leave the batch")
+
+
 LARGEST = 10**9                            # weights of which `packed` makes a copy
+
+
+def can_pack() -> bool:
+    """Whether this CPU's library takes packed matrices of bf16: on x86 it wants AVX-512, and fails without."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextlib.contextmanager
@@ -270,7 +284,7 @@ def packed(model: nn.Module):
     units read it, where an ordinary product does it anew every time. Costs a copy of the weights while it lasts."""
     linears = [m for m in model.modules() if type(m) is nn.Linear or hasattr(m, "pack")]
     linears = [m for m in linears if "forward" not in vars(m)]                 # not packed by a block around this one
-    fits = torch.backends.mkldnn.is_available() and sum(m.weight.numel() for m in linears) <= LARGEST
+    fits = can_pack() and sum(m.weight.numel() for m in linears) <= LARGEST
     if not fits or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.bfloat16 for m in linears):
         linears = []
     try:

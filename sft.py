@@ -14,7 +14,8 @@ answers more.
 
 Out comes a run folder: model/ (a directory that other tools load, the adapter merged in), adapter/ (PEFT's format),
 metrics.jsonl, samples.jsonl, gate.json, state/ (for --resume). Over a base in four bits nothing is merged: adapter/ is
-then what goes on, as --init of the next stage or in chat.py.
+then what goes on, as --init of the next stage or in chat.py, with the same --quant. Both put W + BA into four bits
+anew, trained was BA beside four bits of W: eval/saved_loss says what that costs, and the gate asks it.
 """
 import contextlib
 import sys
@@ -245,7 +246,8 @@ def main(cfg: Config) -> bool:
         memory.print_table(memory.estimate(checkpoints.read_config(cfg.init), "sft", batch=cfg.micro_batch,
                                            length=cfg.max_len, lora_r=cfg.lora_r,
                                            targets=checkpoints.our_linears(cfg.init, cfg.lora_targets),
-                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant))
+                                           dtype=world.dtype, checkpointing=cfg.checkpointing, quant=cfg.quant,
+                                           device=world.device.type))
         return True
     model, tokenizer = checkpoints.load(cfg.init, world.device, torch.float32 if full else world.dtype, quant=cfg.quant)
     if getattr(model, "bidirectional", False):
@@ -334,9 +336,15 @@ def main(cfg: Config) -> bool:
     if world.main:
         export(model, tokenizer, cfg, run, full)
     common.barrier()
+    again = []
+    if cfg.quant:
+        saved = saved_loss(run, held, tokenizer, cfg, world)
+        run.log(step, saved)
+        again = [("and as saved, in four bits anew", saved["eval/saved_loss"] < first["eval/loss"],
+                  f"{saved['eval/saved_loss']:.3f}")]
     return common.gate("sft", [
         ("held-out loss fell", measured["eval/loss"] < first["eval/loss"],
-         f"{first['eval/loss']:.3f} -> {measured['eval/loss']:.3f}"),
+         f"{first['eval/loss']:.3f} -> {measured['eval/loss']:.3f}"), *again,
         ("answers end", not measured["eval/eos_rate"] < 0.95,
          f"{first['eval/eos_rate']:.0%} -> {measured['eval/eos_rate']:.0%} of {cfg.eval_answers}"),
     ], advice="loss rises: lower --lr or --epochs. Answers do not end: look at the sample above, its end token must be "
@@ -369,10 +377,17 @@ def export(model: Transformer, tokenizer, cfg: Config, run: common.Run, full: bo
     print(f"saved {out / 'model'}   talk to it: python chat.py {out / 'model'}")
 
 
+def saved_loss(run: common.Run, held: list[dict], tokenizer, cfg: Config, world: common.World) -> dict[str, float]:
+    """Held-out loss of adapter/ over its base as --init of the next stage will load it with the same --quant."""
+    model, _ = checkpoints.load(run.dir / "adapter", world.device, world.dtype, quant=cfg.quant)
+    return {"eval/saved_loss": evaluate(model, held, tokenizer, cfg, world)["eval/loss"]}
+
+
 def keep_apart(tokenizer, adapter: Path, base: str) -> None:
     """What is left to do over a base in four bits: the adapter's folder gets the tokenizer and is a model by itself."""
     write_tokenizer(tokenizer, adapter)
-    print(f"saved {adapter}, nothing is merged into four bits. It is an --init of its own: python chat.py {adapter}\n"
+    print(f"saved {adapter}, nothing is merged into four bits. It is an --init of its own: python chat.py {adapter} "
+          f"--quant nf4\n"
           f"as one model: python -m checkpoints convert {base} --lora {adapter} {adapter.parent / 'model'}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import ACTIVATIONS, Cache, RMSNorm
-from sampling import decode, left_pad
+from sampling import decode, left_pad, one_adapter
 
 
 @dataclass
@@ -253,6 +253,7 @@ class T5(nn.Module):
                  decoder_ids: Tensor | None = None, **settings) -> Tensor:
         """(B, S) prompts, padded on either side -> (B, n) new tokens behind decoder_ids (B, T), the beginning of the
         answer: the start token if nothing else is given. 0.0 = greedy; settings: see sampling.decode."""
+        one_adapter(self)
         ids, mask = left_pad(ids, mask)                    # only so that a row without tokens is the same error as ever
         if decoder_ids is None:
             decoder_ids = torch.full_like(ids[:, :1], self.config.decoder_start_id)

@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,8 +83,9 @@ class Table:
         self.clear()
         try:
             work()
-        except torch.OutOfMemoryError as error:
-            self.put(what=name, failed=str(error).splitlines()[0])
+        except Exception as error:
+            traceback.print_exc()
+            self.put(what=name, failed=f"{type(error).__name__}: {error}".splitlines()[0])
         self.clear()
 
 

@@ -16,6 +16,7 @@ import bench_growth
 import bench_recipe
 import checkpoints
 import memory
+from common import UserError
 from course import figure
 from data.tokenizer import load_tokenizer
 
@@ -41,6 +42,13 @@ def test_a_power_law_is_a_straight_line_on_log_axes():
     assert points[0][1] > points[1][1] > points[2][1]
     plain = figure.grid([figure.Panel("p", [line])])
     assert svg != plain
+
+
+@pytest.mark.parametrize("what", ["recipe", "growth", "load"])
+@pytest.mark.parametrize("flag", [{"device": "cuda"}, {"dtype": "fp32"}])
+def test_a_flag_that_would_be_ignored_is_refused(what, flag):
+    with pytest.raises(UserError, match=f"--what {what} measures a CPU.*--what train"):
+        bench.main(bench.Config(what=what, **flag))
 
 
 # ---------------------------------------------------------------- growth
@@ -82,14 +90,16 @@ def test_flops_of_a_step_are_those_that_run(length, r):
     assert expected == pytest.approx(counted.flops, rel=0.03 if r else 0.01)
 
 
-def test_flops_and_bytes_of_decoding():
+def test_flops_and_bytes_of_decoding(monkeypatch):
     point = {"shape": bench_growth.SIZES["1M"], "batch": 3, "length": 40, "r": 8, "decode": True}
     config = bench_growth.config_of(point)
     weights = memory.count(config) - (2 * config.num_layers + 1) * config.hidden_size          # all but the norms
     flops, space = bench_growth.theory(point, {"product": 1.0, "copy": math.inf})
     assert flops == 2 * 3 * weights + 4 * config.num_layers * config.hidden_size * 3 * (40 + bench_growth.DECODED / 2)
     cache = 2 * 2 * config.num_layers * 2 * config.head_dim * 3 * (40 + bench_growth.DECODED + 1)
-    assert space == 2 * 2 * weights + cache
+    assert space == 2 * 2 * weights + cache                # as they are, and packed
+    monkeypatch.setattr(memory, "can_pack", lambda: False)
+    assert bench_growth.theory(point, {"product": 1.0, "copy": math.inf})[1] == 2 * weights + cache
     assert bench_growth.theory(point, {"product": math.inf, "copy": 1.0})[0] == 2 * weights + cache
 
 

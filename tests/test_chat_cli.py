@@ -72,8 +72,8 @@ def seen(monkeypatch) -> list[str]:
     """The text of every prompt that a model is given from here on."""
     prompts, generate, tokenizer = [], Transformer.generate, {}
 
-    def load(path, *args):
-        model, tokenizer[0] = checkpoints_load(path, *args)
+    def load(path, *args, **more):
+        model, tokenizer[0] = checkpoints_load(path, *args, **more)
         return model, tokenizer[0]
 
     def watched(self, ids, room, **options):

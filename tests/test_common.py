@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import common  # noqa: E402
+import ppo  # noqa: E402
 
 
 @dataclass
@@ -109,6 +110,7 @@ import sys
 from dataclasses import dataclass, field
 sys.path.insert(0, {root!r})
 import common
+import ppo
 
 @dataclass
 class Config:
@@ -322,7 +324,8 @@ def test_other_ranks_neither_write_nor_print(tmp_path, capsys):
 def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
     out = tmp_path / "run"
     common.Run(out, "sft", RunConfig(), WORLD).log(1, {"loss": 1.0})
-    (out / "model").mkdir()
+    for folder in ("model", "adapter", "policy", "value"):       # a stale one would be what chat.py talks to
+        (out / folder).mkdir()
     (out / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(common.UserError, match="--resume goes on with it, --overwrite replaces it"):
         common.Run(out, "sft", RunConfig(), WORLD)
@@ -331,8 +334,7 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, capsys):
         common.Run(out, "sft", RunConfig(init=str(out / "model"), overwrite=True), WORLD)
     assert (out / "model").exists()
     common.Run(out, "sft", RunConfig(overwrite=True), WORLD)
-    assert not (out / "model").exists() and not (out / "metrics.jsonl").exists()
-    assert (out / "notes.txt").exists()                                      # not ours
+    assert {path.name for path in out.iterdir()} == {"notes.txt", "config.json", "state"}    # the notes are not ours
     stray = tmp_path / "stray"
     (stray / "model").mkdir(parents=True)
     with pytest.raises(common.UserError, match="holds model but is no run"):
@@ -354,6 +356,16 @@ def test_resume_tells_what_changed_and_refuses_what_cannot_fit(tmp_path, capsys)
         common.Run(out, "sft", RunConfig(lr=0.2), common.World(torch.device("cpu"), torch.float32, 0, 2), resume=True)
     common.Run(tmp_path / "new", "sft", RunConfig(), WORLD, resume=True)
     assert "nothing to resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"quant": "nf4"}, {"eval_prompts": 32}, {"lora_targets": ("q_proj",)},
+                                    {"template": "chatml"}])
+def test_a_run_does_not_go_on_over_another_base_or_other_data(tmp_path, change):
+    """The adapter was trained on what the base computes in four bits; the prompts held out are not trained on."""
+    common.Run(tmp_path, "ppo", ppo.Config(), WORLD)
+    with pytest.raises(common.UserError, match=f"--{next(iter(change))} was .* and is now"):
+        common.Run(tmp_path, "ppo", ppo.Config(**change), WORLD, resume=True)
+    common.Run(tmp_path, "ppo", ppo.Config(one_pass=True, graph=True), WORLD, resume=True)  # these only round
 
 
 def three_states(out: Path) -> common.Run:

@@ -274,3 +274,11 @@ def test_weights_that_break_on_the_way_name_the_row():
 def test_the_library_s_attention_on_the_way(monkeypatch):
     monkeypatch.setattr(model_file, "SHORT", 0)
     assert_same(both(tiny_model(), *prompts(), 20))
+
+
+def test_a_mac_draws_from_its_own_generator(monkeypatch):
+    """noise.uniform_ of one device refuses another's generator."""
+    mine = torch.Generator()
+    monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: mine)
+    assert sampling.default_generator(torch.device("mps")) is mine
+    assert sampling.default_generator(torch.device("cpu")) is torch.default_generator

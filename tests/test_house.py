@@ -3,6 +3,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,15 @@ def test_importing_has_no_side_effects():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8",
                           cwd=ROOT.anchor)
     assert done.returncode == 0 and done.stdout == "" and done.stderr == "", done.stdout + done.stderr
+
+
+def test_what_is_installed_are_the_tracked_files():
+    """A module that setuptools is not told of is missing after pip install, and with it all that import it."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+                             check=True).stdout.split()
+    assert sorted(told["py-modules"]) == sorted(Path(f).stem for f in tracked if "/" not in f)
+    assert sorted(told["packages"]) == sorted({str(Path(f).parent) for f in tracked if "/" in f} - {"tests"})
 
 
 # ---------------------------------------------------------------- documents

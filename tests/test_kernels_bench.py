@@ -70,6 +70,16 @@ def test_nothing_begins_after_the_budget(capsys):
     assert json.loads(capsys.readouterr().out) == {"what": "a part", "skipped": "after -1 s"}
 
 
+def test_a_side_that_fails_is_a_row_and_the_others_go_on(capsys):
+    table = Table(argparse.Namespace(device="cpu", size="tiny", part="ppo", budget=60.0, out=""))
+    table.run("theirs", lambda: {}["bitsandbytes"])
+    table.run("nothing to say", lambda: iter(()).__next__())
+    table.run("ours", lambda: table.put(what="ours", s=1.0))
+    assert table.result["rows"] == [{"what": "theirs", "failed": "KeyError: 'bitsandbytes'"},
+                                    {"what": "nothing to say", "failed": "StopIteration: "}, {"what": "ours", "s": 1.0}]
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_child_that_dies_costs_one_row(tmp_path, monkeypatch, capsys):
     """Rows "die" and "hang": each is noted, the others are measured."""
     child = tmp_path / "child.py"

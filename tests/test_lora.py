@@ -211,6 +211,22 @@ def test_use_ends_also_with_an_error_and_nests():
         assert torch.equal(plain(IDS), base)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shares_of_the_rows_must_be_equal_and_sampling_has_one_adapter(dtype):
+    """Rows that have ended leave the batch: from then on the others would wear each other's adapters."""
+    model = adapted(name="policy").to(dtype)
+    with pytest.raises(UserError, match="needs a name"):
+        with lora.use(model):
+            pass
+    with lora.use(model, "policy", None), pytest.raises(UserError, match="3 rows are no equal shares for 2 adapters"):
+        model(random_ids(3, 5))
+    for tokens in (4, 20):                                             # below and above what is worth packing
+        with lora.use(model, "policy", None), pytest.raises(UserError, match="one adapter for all rows"):
+            model.generate(random_ids(4, 5), tokens)
+        with lora.use(model, "policy"):
+            assert model.generate(random_ids(4, 5), tokens).shape == (4, tokens)
+
+
 def test_names_that_do_not_exist_are_errors():
     model = tiny_model()
     with pytest.raises(UserError, match="'q_prj' is no linear layer.*down_proj.*q_proj"):
@@ -583,12 +599,31 @@ def test_packed_gives_the_bits_of_use(shape, bias):
 def test_packed_falls_back_to_use_where_it_cannot_pack(monkeypatch):
     model = tiny_model()
     lora.apply(model, 4, 8.0, name="a")
-    for how in ("fp32", "too big"):
+    for how in ("fp32", "too big", "a CPU without bf16"):
         if how == "too big":
             model.bfloat16()
             monkeypatch.setattr(sampling, "LARGEST", 10)
+        if how == "a CPU without bf16":                    # there the library's packing fails
+            monkeypatch.undo()
+            monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+            monkeypatch.setattr(sampling, "pack", None)
         with lora.packed(model, "a"):
             assert not any(map(is_packed, model.modules()))
+            assert model.generate(IDS, 20).shape == (len(IDS), 20), how
+    monkeypatch.undo()
+    assert sampling.can_pack(), "was anything tested?"
+
+
+def test_packing_a_merged_model_refuses_another_adapter():
+    model = tiny_model().bfloat16()
+    for name in ("a", "b"):
+        lora.apply(model, 4, 8.0, name=name)
+    with lora.merged(model, "a"):
+        with pytest.raises(RuntimeError, match="'a' is merged.*'b'"), lora.packed(model, "b"):
+            pass
+        with lora.packed(model, "a"):
+            assert all(is_packed(m) for _, m in lora.layers(model))
+    assert not any(map(is_packed, model.modules()))
 
 
 def test_packed_is_undone_after_an_error():

@@ -5,11 +5,16 @@ import resource
 
 import pytest
 import torch
+from conftest import tiny_config
 from torch import nn
 
 import common
 import lora
 import memory
+import ppo
+import reward as reward_stage
+import sampling
+import sft
 from model import ModelConfig, Transformer
 from rwkv import RWKVConfig
 from t5 import T5Config
@@ -74,6 +79,50 @@ def test_the_peak_is_what_stays_plus_the_larger_phase():
     merged = memory.estimate(LLAMA2_7B, "ppo", batch=4, prompt=256, response=256, rollout=64, merge=True, **BF16)
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)   # merging keeps the original of every adapted matrix
     assert merged.total - table.total == 2 * linear
+
+
+@pytest.mark.parametrize("script", [sft, reward_stage, ppo])
+def test_scripts_ask_for_the_device_they_run_on(script, monkeypatch):
+    """And whether it fits on a card is asked of a card, wherever the question comes from."""
+    tables = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(common, "setup", lambda *args, d=device: common.World(torch.device(d), torch.bfloat16))
+        monkeypatch.setattr(memory, "free_memory", lambda d, device=device: (d, 1) if d == device else None)
+        monkeypatch.setattr(memory, "print_table", lambda table, device=device: tables.update({device: table}))
+        assert script.main(script.Config(init="llama-7b", dry_run=True))
+    assert tables["cpu"].free[0] == "cpu" and tables["cuda"].free[0] == "cuda"
+    assert tables["cpu"].total > tables["cuda"].total == tables["cuda"].on_a_card == tables["cpu"].on_a_card
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_packed_matrices_of_a_cpu_are_counted(merge, monkeypatch):
+    """Their bytes are those that `sampling.packed` lays out; no copy in fp32, four bits, on a card, of large models."""
+    config = tiny_config(tie_embeddings=True)
+    settings, on_cpu = {"batch": 1, "prompt": 4, "response": 4, "rollout": 2, "merge": merge}, {**BF16, "device": "cpu"}
+    table = memory.estimate(config, "ppo", **settings, **on_cpu)
+    laid_out = []
+    monkeypatch.setattr(sampling, "pack", lambda weight, bias: laid_out.append(weight.nbytes))
+    with sampling.packed(Transformer(config).bfloat16()):
+        pass
+    assert row(table.sampling, "packed matrices") == sum(laid_out) > 0
+    larger = {**vars(config), "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "head_dim": 1024,
+              "num_kv_heads": 4}
+    for other, more in ((config, {"dtype": torch.float32}), (config, {"device": "cuda", **BF16}),
+                        (config, {"lora_r": 0, "separate_models": True, **on_cpu}), (ModelConfig(**larger), on_cpu),
+                        (config, {"quant": "nf4", "merge": False, **on_cpu})):
+        names = [name for name, _, _ in memory.estimate(other, "ppo", **{**settings, **more}).sampling]
+        assert "KV cache" in names and "packed matrices" not in names, more
+    monkeypatch.setattr(memory, "can_pack", lambda: False)
+    table = memory.estimate(config, "ppo", **settings, **on_cpu)
+    assert "packed matrices" not in [name for name, _, _ in table.sampling]
+
+
+def test_four_bits_are_offered_where_they_are_possible():
+    """A matrix of 36 x 36 is no whole number of groups of 64."""
+    flags = {width: [flag for flag, _, _ in memory.estimate(
+        ModelConfig(vocab_size=64, hidden_size=width, intermediate_size=8 * width, num_layers=40, num_heads=4),
+        "sft", batch=1, length=4, lora_r=1, **BF16).fixes] for width in (36, 64)}
+    assert "--quant nf4" in flags[64] and "--quant nf4" not in flags[36]
 
 
 # ---------------------------------------------------------------- against real tensors

@@ -691,6 +691,62 @@ def test_p12_the_first_ratio_is_exactly_one(dtype, checkpointing, temperature):
     assert stats["first_ratio"] == pytest.approx(1, abs=1e-6)
 
 
+def test_p12_an_adapter_on_the_head_is_sampled_with_and_scored():
+    """(P12) The head runs apart from the rest, and under the same adapter: the sampler's log-probabilities are those of
+    scoring and of training, and the reference's head stays bare."""
+    cfg = config(lora_targets=("q_proj", "lm_head"))
+    roles = move_policy(four_roles(lora_targets=cfg.lora_targets))
+    bare = move_policy(four_roles(lora_targets=("q_proj",)))
+    for a, b in zip(roles.trainable("policy"), bare.trainable("policy")):
+        assert a[0] == b[0]
+        b[1].data.copy_(a[1])
+    r = scored(roles, cfg)
+    other = ppo.score(bare, ppo.replace(r), cfg, world())
+    assert float((r.logp - other.logp).abs().max()) > 0.1 and torch.equal(r.ref_logp, other.ref_logp)
+    assert float(((r.sampler_logp - r.logp).abs() * r.response).max()) < 1e-4
+    assert updated(roles, r, cfg, 1e-3)["first_gap"] == 0.0
+
+
+def test_a_parameter_that_the_loss_does_not_reach_stops_the_first_update():
+    """The value writes no words: an adapter on its head would never learn. And nothing frozen may get a gradient."""
+    cfg = config()
+    roles = four_roles()
+    r = scored(roles, cfg)
+    lora.attach(roles.value.model, "value2", {"lm_head": (2, 1.0)})
+    with pytest.raises(RuntimeError, match="2 trainable parameters got no gradient: policy.lm_head"):
+        updated(roles, r, cfg, 1e-3)
+    roles = four_roles()
+    roles.policy.lm_head.weight.grad = torch.zeros_like(roles.policy.lm_head.weight)
+    with pytest.raises(RuntimeError, match="frozen parameters got one: policy.lm_head.weight"):
+        updated(roles, scored(roles, cfg), cfg, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_one_pass_may_round_otherwise_and_is_no_other_distribution(dtype, monkeypatch):
+    """Other shapes, other rounding: what one pass hands out is moved here as far as bf16 does it. The first update's
+    ratio is 1 all the same; who hands out another role's states, or another temperature's, is stopped there."""
+    def one_update(step: int) -> dict:
+        roles, cfg = move_policy(four_roles(dtype)), config(one_pass=True)
+        batch = [{"ids": ids} for ids in PROMPTS]
+        return ppo.improve(roles, ppo.start(roles, cfg, world(dtype)), batch, TOKENIZER, cfg, world(dtype), step)[1]
+
+    honest, last_bit = ppo.Roles.hidden_of_all, 2.0 ** (-9 if dtype == BF16 else -24)
+
+    def rounded(self, ids, mask):
+        return {role: h + h * (torch.randn_like(h) * last_bit) for role, h in honest(self, ids, mask).items()}
+
+    monkeypatch.setattr(ppo.Roles, "hidden_of_all", rounded)
+    found = one_update(0)
+    assert found["val/first_ratio_gap"] == 0.0
+    ppo.check_start(found | {"val/largest_kl": 0.0}, dtype)
+    assert "val/first_ratio_gap" not in one_update(1)
+    for a, b in (("policy", "value"), ("reference", "reward")):
+        monkeypatch.setattr(ppo.Roles, "hidden_of_all", lambda self, ids, mask, a=a, b=b: {
+            **(h := honest(self, ids, mask)), a: h[b], b: h[a]})
+        with pytest.raises(common.UserError, match=f"--one_pass gives the {a} other log-probabilities"):
+            one_update(0)
+
+
 def test_p12_without_learning_the_ratio_stays_one():
     """(P12) Learning rate 0, three epochs of two minibatches in other orders and thus other paddings: still 1."""
     roles, cfg = move_policy(four_roles()), config(ppo_epochs=3, minibatches=2)

@@ -18,7 +18,7 @@ import lora
 import memory
 import ppo
 import sft
-from common import UserError
+from common import UserError, World
 from data import tokenizer as tokenizers
 from kernels import nf4
 from model import ModelConfig, Transformer
@@ -324,6 +324,23 @@ def test_the_recipe_over_a_base_in_four_bits(place):
     assert done.returncode == 0, done.stderr
     a, b = (checkpoints.load(p)[0](IDS) for p in (place / "merged", start))
     assert_close(a, b)
+    # The next stage reads four bits of W + BA, where SFT had BA beside four bits of W.
+    cfg = sft.Config(data=str(place / "sft.jsonl"), max_len=64, quant="nf4")
+    model, tokenizer = checkpoints.load(place / "merged", quant="nf4")
+    world = World(torch.device("cpu"), torch.float32)
+    there = sft.evaluate(model, sft.prepare(cfg, tokenizer)[1], tokenizer, cfg, world)
+    assert figure(place / "sft", "eval/saved_loss", 0) == pytest.approx(there["eval/loss"], rel=1e-5)
+    assert there["eval/loss"] != pytest.approx(figure(place / "sft", "eval/loss", -1), rel=2e-4)
+    gate = json.loads((place / "sft/gate.json").read_text(encoding="utf-8"))["checks"]
+    assert {"name": "and as saved, in four bits anew", "ok": True, "figure": f"{there['eval/loss']:.3f}"} in gate
+    said = {quant: run("chat.py", start, "--prompt", "a", "--device", "cpu", "--temperature", "0", "--max_new_tokens",
+                       "40", "--quant", quant, "--dtype", "fp32") for quant in ("", "nf4")}
+    for quant, text in said.items():
+        model, tokenizer = checkpoints.load(start, quant=quant)
+        ids = tokenizer.render([{"role": "user", "content": "a"}], add_generation_prompt=True)[0]
+        new = model.generate(torch.tensor([ids]), 40, temperature=0.0, eos_ids=tokenizer.eos_ids)[0].tolist()
+        stop = new[-1] in tokenizer.eos_ids
+        assert text.splitlines()[0] == tokenizer.decode(new[:-1] if stop else new).strip(), quant
 
 
 def test_resume_gives_the_same_bits(place):

@@ -181,6 +181,30 @@ def test_a_reward_model_of_another_base_keeps_its_own(trained, place):
         assert once == pytest.approx(four, abs=1e-4), name
 
 
+@pytest.mark.parametrize("family", ["a norm without weights", "no norm at the end"])
+def test_reward_and_ppo_of_a_family_with_another_last_norm(place, tmp_path, family):
+    """OLMo 1 and GPT-1: nothing may be asked of the last norm's weight, there is none."""
+    import transformers
+    sizes = {"vocab_size": 259, "bos_token_id": None, "eos_token_id": 258}
+    if family == "a norm without weights":
+        theirs = transformers.OlmoForCausalLM(transformers.OlmoConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=256,
+            max_position_embeddings=256, **sizes))
+    else:
+        theirs = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=4,
+                                                                                n_positions=256, **sizes))
+    theirs.save_pretrained(tmp_path / "base")
+    byte_tokenizer(tmp_path / "base")
+    model, _ = checkpoints.load(tmp_path / "base")
+    assert getattr(model.norm, "weight", None) is None
+    run("reward.py", "--init", tmp_path / "base", "--data", place / "pairs.jsonl", "--out_dir", tmp_path / "reward",
+        "--steps", 2, *REWARD, code=AnyCode())
+    run("ppo.py", "--init", tmp_path / "base", "--reward", tmp_path / "reward/model", "--data", place / "prompts.jsonl",
+        "--out_dir", tmp_path / "ppo", "--steps", 1, *PPO, code=AnyCode())
+    assert figure(tmp_path / "ppo", "val/largest_kl", 0) == 0 and figure(tmp_path / "ppo", "val/sampler_gap", 0) < 1e-5
+    assert (tmp_path / "ppo/model/config.json").exists() and (tmp_path / "ppo/gate.json").exists()
+
+
 def test_one_pass_is_for_one_base(trained, place):
     out = run("ppo.py", "--init", place / "sft/model", "--lora_r", 0, "--one_pass", "--dry_run", code=1)
     assert "--one_pass needs the four roles on one base" in out

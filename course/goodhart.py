@@ -143,12 +143,10 @@ def fine_tune(seed: int, samples: int = 4000, epochs: int = 3) -> Transformer:
                                     num_heads=4, max_positions=64))
     packed = data_batch.pack(rows, 48)
     batches, optimizer = data_batch.Batches(packed, 16, seed), torch.optim.AdamW(model.parameters(), lr=1.0)
-    steps = epochs * len(packed) // 16
+    cfg, steps = sft.Config(micro_batch=16, lora_r=0, grad_clip=0.0), epochs * len(packed) // 16
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, 3e-3, 10, "cosine")
-        sft.batch_loss(model, *sft.collate(batches.next(), END, "cpu")).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        sft.improve(model, batches.next(), optimizer, TOKENIZER, cfg, WORLD, step)
     return model
 
 
@@ -188,16 +186,14 @@ def learn_reward(model: Transformer, pairs: list[dict], seed: int, epochs: int =
     torch.manual_seed(seed)
     body = Transformer(model.config)
     body.load_state_dict(model.state_dict())
-    judge = RewardModel(body)
+    judge, cfg = RewardModel(body), reward_stage.Config(micro_batch=32, lora_r=0, grad_clip=0.0)
+    body.lm_head.requires_grad_(False)
     batches = data_batch.Batches(pairs, 32, seed)
-    params = [p for n, p in judge.named_parameters() if p.requires_grad and "lm_head" not in n]
+    params = [p for p in judge.parameters() if p.requires_grad]
     optimizer, steps = torch.optim.AdamW(params, lr=1.0, weight_decay=0.0), epochs * len(pairs) // 32
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, 5e-4, 10, "linear")
-        ids, mask, sizes = reward_stage.collate(batches.next(), END, "cpu")
-        (reward_stage.group_loss(judge(ids, mask), sizes)[0] / len(sizes)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        reward_stage.improve(judge, batches.next(), optimizer, TOKENIZER, cfg, WORLD, step)
     r = sample(model, PROMPTS * 50, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         judge.normalize(judge(r.ids, r.mask))

@@ -11,6 +11,7 @@ a run whose config.json names one (`expected`) finds it by itself, and uses it w
 """
 import dataclasses
 import json
+import os
 import platform
 import re
 import statistics
@@ -27,6 +28,13 @@ ROOT = Path(__file__).parent
 CLOCK = ("seconds", "tokens_per_sec")                          # what depends on the machine: no band, nor time/
 PLACES = ("init", "reward", "seed", "seeds", "out_dir", "overwrite", "resume", "bands", "expected", "device", "dtype",
           "save_every")                                        # and options that move no curve
+
+
+def machine() -> str:
+    """The processor by its name, and how many cores of it there are."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(encoding="utf-8"), re.M) if info.exists() else []
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -77,7 +85,7 @@ def settings(config: dict) -> dict:
 def write(file: str | Path, result: dict, figures: dict[str, list[float]]) -> None:
     """course/expected/X.json: how it was made, each figure of each seed with its band, and the curves in `result`."""
     about = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"),
-             "machine": platform.machine()}
+             "machine": machine()}
     told = {"bands": {name: spread(values) for name, values in figures.items()}, "figures": figures}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(rounded({**about, **told, **result}), indent=1)

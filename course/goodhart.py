@@ -425,15 +425,15 @@ def main(cfg: Config) -> bool:
         return write_bands(json.loads((out / "goodhart.json").read_text(encoding="utf-8")))
     if not cfg.draw:
         began, workers = time.perf_counter(), min(cfg.workers or os.cpu_count() or 1, len(cfg.seeds))
-        runs = []
+        runs, git = [], common.git_hash()
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             for result in pool.map(laboratory, [cfg] * len(cfg.seeds), cfg.seeds):
                 runs.append(result)
                 print(f"seed {result['seed']}: {result['seconds']:.0f} s", flush=True)
         common.atomic_write(out / "goodhart.json", json.dumps({
             "command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-            "minutes": (time.perf_counter() - began) / 60, "machine": f"{workers} cores", "labels": cfg.labels,
-            "betas": cfg.betas, "runs": runs}) + "\n")
+            "git": git, "minutes": (time.perf_counter() - began) / 60, "workers": workers,
+            "machine": bands.machine(), "labels": cfg.labels, "betas": cfg.betas, "runs": runs}) + "\n")
     result = json.loads((out / "goodhart.json").read_text(encoding="utf-8"))
     common.atomic_write(out / "goodhart.md", table(result))
     common.atomic_write(out / "goodhart.svg", draw(result))

@@ -15,10 +15,9 @@ a fault, that thanks belong at the end, that words need an order. The reward mod
     python course/goodhart.py                      # five seeds on two cores, ten minutes -> out/lab        (make lab)
     python course/goodhart.py --seeds 0 --out_dir /tmp/lab
     python course/goodhart.py --draw --out_dir docs/results        # figure and table again from goodhart.json
-    python course/goodhart.py --bands --out_dir docs/results       # its curves -> course/expected/lab.json
+    python course/goodhart.py --bands --out_dir docs/results       # all that ppo.py logged -> course/expected/lab.json
     python report.py out/lab/seed_0/2000_labels_beta_0             # every PPO run is a run folder too
 """
-import dataclasses
 import json
 import math
 import os
@@ -67,7 +66,7 @@ class Config:
     out_dir: str = "out/lab"           # goodhart.json, its figure and its table
     runs: str = "out/lab"              # run folders, one for every PPO run; empty: none
     draw: bool = False                 # only draw again what goodhart.json holds
-    bands: bool = False                # only write course/expected/lab.json from it
+    bands: bool = False                # only write course/expected/lab.json from the runs
 
 
 # ---------------------------------------------------------------- the language
@@ -216,6 +215,17 @@ class Climb(ppo.Config):
     expected: str = "course/expected/lab.json"
 
 
+def climbs(cfg: Config) -> dict[str, tuple[int, float]]:
+    """{name of a PPO run: labels, beta}: the middle number of labels with every beta, then the others."""
+    middle = cfg.labels[len(cfg.labels) // 2]
+    pairs = [(middle, b) for b in cfg.betas] + [(n, cfg.betas[0]) for n in cfg.labels if n != middle]
+    return {f"{n} labels, beta {beta:g}": (n, beta) for n, beta in pairs}
+
+
+def folder_of(cfg: Config, seed: int, key: str) -> Path:
+    return Path(cfg.runs) / f"seed_{seed}" / key.replace(",", "").replace(" ", "_")
+
+
 def climb_settings(cfg: Config, labels: int, beta: float, seed: int, **changes) -> Climb:
     return Climb(**{"labels": labels, "steps": cfg.steps, "batch_size": cfg.batch_size, "micro_batch": cfg.batch_size,
                     "response_len": ROOM, "kl_coef": beta, "lr": cfg.lr, "value_lr": cfg.lr, "schedule": "constant",
@@ -284,17 +294,14 @@ def laboratory(cfg: Config, seed: int) -> dict:
     judges = {n: learn_reward(model, pairs[:n], seed) for n in cfg.labels}
     result["accuracy"] = {str(n): accuracy(judge, held) for n, judge in judges.items()}
     result["best_of_n"] = best_of_n(model, judges, cfg, seed)
-    middle = cfg.labels[len(cfg.labels) // 2]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints.save(model, None, folder / "sft")
         for n, judge in judges.items():
             reward_stage.save(judge, None, folder / str(n), base=str(folder / "sft"))
-        for n, beta in [(middle, b) for b in cfg.betas] + [(n, cfg.betas[0]) for n in cfg.labels if n != middle]:
-            key = f"{n} labels, beta {beta:g}"
-            out = Path(cfg.runs) / f"seed_{seed}" / f"{n}_labels_beta_{beta:g}"
+        for key, (n, beta) in climbs(cfg).items():
             result["runs"][key], result["texts"][key] = climb(folder, str(n), beta, cfg, seed,
-                                                              out if cfg.runs else None)
+                                                              folder_of(cfg, seed, key) if cfg.runs else None)
     return result | {"seconds": time.perf_counter() - t0}
 
 
@@ -396,25 +403,18 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "```"]) + "\n"
 
 
-NAMES = {"kl": "objective/kl", "proxy": "objective/scores", "gold": "gold/score", "length": "val/response_length"}
-
-
-def write_bands(result: dict) -> bool:
-    """Median and range over the seeds of goodhart.json, per PPO run, under the names of ppo.py's log."""
-    cfg, logs, kinds = common.parse(Config, result["command"].split()[2:]), {}, {}
+def write_bands(cfg: Config, result: dict) -> bool:
+    """course/expected/lab.json from the run folders of every PPO run that goodhart.json tells of."""
+    seeds, runs = tuple(r["seed"] for r in result["runs"]), {}
     for key in result["runs"][0]["runs"]:
-        logs[key] = [[{"step": row["step"] + 1, **{name: row[ours] for ours, name in NAMES.items()}}
-                      for row in r["runs"][key]] for r in result["runs"]]
-        n, beta = key.replace(" labels, beta ", " ").split()
-        kinds[key] = bands.settings(dataclasses.asdict(climb_settings(cfg, int(n), float(beta), 0)))
-        assert len(logs[key][0]) == cfg.steps, f"{len(logs[key][0])} updates, {result['command']} says {cfg.steps}"
-    figures = {f"{key}: {name}": values for key, found in logs.items()
-               for name, values in bands.at_the_end(found, NAMES.values()).items()}
-    bands.write(bands.ROOT / Climb.expected, {
-        "recorded": {name: result[name] for name in ("command", "date", "machine")}, "threads": 1,
-        "torch": result["torch"], "seeds": [r["seed"] for r in result["runs"]],
-        "seconds": [r["seconds"] for r in result["runs"]], "settings": kinds,
-        "curves": {key: bands.curves(found) for key, found in logs.items()}}, figures)
+        runs[key] = [folder_of(cfg, seed, key) for seed in seeds]
+        for folder, r in zip(runs[key], result["runs"]):
+            log = bands.columns(bands.log_of(folder)) if (folder / "config.json").exists() else {}
+            if log.get("gold/score") != [row["gold"] for row in r["runs"][key]]:
+                raise common.UserError(f"{folder} is not the run of {cfg.out_dir}/goodhart.json: run this again with "
+                                       f"--seeds {','.join(map(str, seeds))} and --runs")
+    bands.write(bands.ROOT / Climb.expected, runs, seeds, git=[result["git"]], machine=result["machine"],
+                minutes=[r["seconds"] / 60 for r in result["runs"]])
     return True
 
 
@@ -422,7 +422,7 @@ def main(cfg: Config) -> bool:
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.bands:
-        return write_bands(json.loads((out / "goodhart.json").read_text(encoding="utf-8")))
+        return write_bands(cfg, json.loads((out / "goodhart.json").read_text(encoding="utf-8")))
     if not cfg.draw:
         began, workers = time.perf_counter(), min(cfg.workers or os.cpu_count() or 1, len(cfg.seeds))
         runs, git = [], common.git_hash()

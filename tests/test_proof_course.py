@@ -62,7 +62,8 @@ def test_the_laboratory_in_small(tmp_path):
     for run in result["runs"].values():
         assert run[0]["kl"] == 0 and run[-1]["kl"] > 0
     assert 0.55 < result["accuracy"]["256"] < result["ceiling"]
-    stage, log, settings = check.read(tmp_path / "seed_0" / "256_labels_beta_0.2")       # a run folder like any other
+    folder = goodhart.folder_of(cfg, 0, "256 labels, beta 0.2")                # a run folder like any other
+    stage, log, settings = check.read(folder)
     assert stage == "ppo" and settings["labels"] == 256 and settings["kl_coef"] == 0.2
     assert log["gold/score"] == pytest.approx([row["gold"] for row in result["runs"]["256 labels, beta 0.2"]])
     first, *_, last = result["best_of_n"]["256"]
@@ -207,7 +208,8 @@ def test_check_reads_a_run_folder(tmp_path, capsys):
                                    encoding="utf-8")
     assert not check.main([str(run)])
     (run / "gate.json").unlink()
-    bands = {"curves": {"ppo": {"objective/scores": {"step": [3], "low": [90.0], "median": [91.0], "high": [92.0]}}}}
+    scores = {"step": [3], "low": [90.0], "median": [91.0], "high": [92.0], "from": [80.0], "to": [99.0]}
+    bands = {"settings": {"ppo": {"response_len": 4}}, "curves": {"ppo": {"objective/scores": scores}}}
     (tmp_path / "bands.json").write_text(json.dumps(bands), encoding="utf-8")
     assert not check.main([str(run), "--expected", str(tmp_path / "bands.json")])
     assert "seeds before it at 90" in capsys.readouterr().out

@@ -224,7 +224,7 @@ def write(file: str | Path, runs: dict[str, list[Path]], seeds: tuple[int, ...],
               "settings": {kind: settings(found[0]["config"]) for kind, found in abouts.items()},
               "bands": limits, "figures": figures, "curves": drawn}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rounded(result), indent=1)
+    text = json.dumps({**rounded(result), "curves": rounded(drawn, 4)}, indent=1)
     lists = re.sub(r"\[[^\[\]{}]+\]", lambda numbers: " ".join(numbers[0].split()), text)     # one line each
     common.atomic_write(file, lists + "\n")
     for name, values in figures.items():
@@ -233,11 +233,13 @@ def write(file: str | Path, runs: dict[str, list[Path]], seeds: tuple[int, ...],
               f"   band {low:9.4g} .. {high:9.4g}" * (name in limits))
 
 
-def rounded(x):
-    """Six digits of every number: more would only be noise, and a file of bands is read by people."""
+def rounded(x, digits: int = 6):
+    """More digits would only be noise, and a file of bands is read by people."""
     if isinstance(x, dict):
-        return {name: rounded(value) for name, value in x.items()}
-    return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.6g}") if isinstance(x, float) else x
+        return {name: rounded(value, digits) for name, value in x.items()}
+    if isinstance(x, list):
+        return [rounded(y, digits) for y in x]
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
 
 def make(file: str, kinds: dict[str, object], main: Callable[[object], bool], seeds: tuple[int, ...]) -> bool:

@@ -1,6 +1,6 @@
 # make demo    the whole recipe on two CPU cores: SFT -> learned reward model -> PPO, a gate after each stage, a report
 # make test    every test; no network beyond the package install, no GPU
-# make bands   the demo and the benchmarks with several seeds, written to course/expected (hours on a laptop; the results are committed)
+# make bands   the demo and the benchmarks with eight or ten seeds, written to course/expected (hours on a laptop; the results are committed)
 # make proof   PPO against the exact answer, the reward model against its ceiling, and more: course/proof.py (half an hour)
 # make zoo     every certificate against every bug of course/bugs.py, with the curve each of them makes (half an hour)
 # make mutants every small change to the maths must turn a certificate or a test red: course/mutants.py (half an hour)
@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-LAB    ?= 0,1,2,3,4,5,6,7,8,9
+SEEDS  ?= 0,1,2,3,4,5,6,7,8,9
 JOBS   ?= 2
 
 .PHONY: demo test bands proof zoo mutants ablate lab bench lint clean
@@ -25,9 +25,9 @@ test: $(VENV)/test
 
 bands: $(VENV)/core
 	$(PY) demo.py --bands --out_dir out/bands
-	$(PY) course/tree.py --bands
-	$(PY) course/randomwalks.py --bands
-	$(PY) course/goodhart.py --seeds $(LAB) --out_dir docs/results
+	$(PY) course/tree.py --bands --seeds $(SEEDS)
+	$(PY) course/randomwalks.py --bands --seeds $(SEEDS)
+	$(PY) course/goodhart.py --seeds $(SEEDS) --out_dir docs/results
 	$(PY) course/goodhart.py --bands --out_dir docs/results
 	$(PY) bands.py
 

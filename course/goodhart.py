@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -131,22 +132,35 @@ def encode(words: list[str]) -> list[int]:
 
 # ---------------------------------------------------------------- stage 1: the language is learned
 
-def fine_tune(seed: int, samples: int = 4000, epochs: int = 3) -> Transformer:
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
+def sft_settings(**changes) -> sft.Config:
+    return sft.Config(**{"epochs": 3, "batch_size": 16, "micro_batch": 16, "max_len": 48, "lr": 3e-3, "grad_clip": 0.0,
+                         "weight_decay": 0.01, "lora_r": 0, **changes})
+
+
+def corpus(rng: random.Random, samples: int) -> list[dict]:
     rows = []
     for _ in range(samples):
         prompt = rng.choice(PROMPTS)
         answer = [*encode(write(rng, prompt)), END]
         rows.append({"ids": encode(prompt) + answer, "mask": [0] * len(prompt) + [1] * len(answer)})
+    return rows
+
+
+def fine_tune(seed: int, samples: int = 4000, watch: Callable[[int, Transformer], None] | None = None,
+              **changes) -> Transformer:
+    """watch(step, model) is called after every step."""
+    cfg, rows = sft_settings(**changes), corpus(random.Random(seed), samples)
+    torch.manual_seed(seed)
     model = Transformer(ModelConfig(vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_layers=2,
                                     num_heads=4, max_positions=64))
-    packed = data_batch.pack(rows, 48)
-    batches, optimizer = data_batch.Batches(packed, 16, seed), torch.optim.AdamW(model.parameters(), lr=1.0)
-    cfg, steps = sft.Config(micro_batch=16, lora_r=0, grad_clip=0.0), epochs * len(packed) // 16
+    rows = data_batch.pack(rows, cfg.max_len) if cfg.packing else rows
+    batches, steps = data_batch.Batches(rows, cfg.batch_size, seed), int(cfg.epochs * len(rows) // cfg.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=cfg.weight_decay)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, 3e-3, 10, "cosine")
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
         sft.improve(model, batches.next(), optimizer, TOKENIZER, cfg, WORLD, step)
+        if watch:
+            watch(step + 1, model)
     return model
 
 
@@ -181,19 +195,29 @@ def label(model: Transformer, n: int, seed: int) -> tuple[list[dict], float]:
     return pairs, float(torch.sigmoid((truth[:, 0] - truth[:, 1]).abs()).mean())
 
 
-def learn_reward(model: Transformer, pairs: list[dict], seed: int, epochs: int = 2) -> RewardModel:
-    """From the weights of stage 1, with a new head; afterwards mean 0 and std 1 on the model's own answers."""
+def reward_settings(**changes) -> reward_stage.Config:
+    return reward_stage.Config(**{"epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 5e-4, "schedule": "linear",
+                                  "warmup": 10, "grad_clip": 0.0, "lora_r": 0, **changes})
+
+
+def learn_reward(model: Transformer, pairs: list[dict], seed: int,
+                 watch: Callable[[int, RewardModel], None] | None = None, **changes) -> RewardModel:
+    """From the weights of stage 1, with a new head; afterwards mean 0 and std 1 on the model's own answers.
+    watch(step, judge) is called after every step."""
+    cfg = reward_settings(**changes)
     torch.manual_seed(seed)
     body = Transformer(model.config)
     body.load_state_dict(model.state_dict())
-    judge, cfg = RewardModel(body), reward_stage.Config(micro_batch=32, lora_r=0, grad_clip=0.0)
+    judge = RewardModel(body)
     body.lm_head.requires_grad_(False)
-    batches = data_batch.Batches(pairs, 32, seed)
-    params = [p for p in judge.parameters() if p.requires_grad]
-    optimizer, steps = torch.optim.AdamW(params, lr=1.0, weight_decay=0.0), epochs * len(pairs) // 32
+    batches, steps = data_batch.Batches(pairs, cfg.batch_size, seed), int(cfg.epochs * len(pairs) // cfg.batch_size)
+    optimizer = torch.optim.AdamW([p for p in judge.parameters() if p.requires_grad], lr=1.0,
+                                  weight_decay=cfg.weight_decay)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, 5e-4, 10, "linear")
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
         reward_stage.improve(judge, batches.next(), optimizer, TOKENIZER, cfg, WORLD, step)
+        if watch:
+            watch(step + 1, judge)
     r = sample(model, PROMPTS * 50, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         judge.normalize(judge(r.ids, r.mask))
@@ -413,8 +437,8 @@ def spread(values: list[float]) -> str:
 def place(rows: list[dict]) -> str:
     """Where the peaks are, of the seeds that reached one."""
     there, n = [row["d"] for row in rows if row["reached"]], len(rows)
-    late = f"no peak reached in {n - len(there)} of {n}" * (len(there) < n)
-    return "; ".join([spread(there)] * bool(there) + [late] * bool(late))
+    told = [spread(there)] if there else []
+    return "; ".join([*told, f"no peak reached in {n - len(there)} of {n}"] if len(there) < n else told)
 
 
 def table(result: dict) -> str:
@@ -439,8 +463,9 @@ def table(result: dict) -> str:
               "| change | of | gold's peak | at sqrt(KL) | sqrt(KL) at the end | gold at the end |",
               "|---|---|---|---|---|---|"]
     middle = labels[len(labels) // 2]
+    pairs = dict.fromkeys([*zip(labels, labels[1:]), (labels[0], labels[-1])])
     changes = [(f"{a} to {b} labels", kind, found[f"{a} labels, {kind}"], found[f"{b} labels, {kind}"])
-               for kind in (f"beta {betas[0]:g}", "best of n") for a, b in [*zip(labels, labels[1:]), labels[::2]]]
+               for kind in (f"beta {betas[0]:g}", "best of n") for a, b in pairs]
     changes += [(f"beta {betas[0]:g} to {b:g}", f"{middle} labels", *(found[f"{middle} labels, beta {x:g}"]
                                                                       for x in (betas[0], b))) for b in betas[1:]]
     lines += [f"| {what} | {kind} | " + " | ".join(shift(a, b, k) for k in ("peak", "d", "end", "gold")) + " |"

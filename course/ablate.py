@@ -288,8 +288,9 @@ def main(cfg: Config) -> bool:
         for name, futures in waiting.items():
             runs[name] = [future.result() for future in futures]
             ends = [end(curve) for curve in runs[name]]
+            change = moved(runs["as it is"], runs[name]) if name in names else ""
             print(f"{name:16} {WORLDS[cfg.on][2]} {statistics.median(ends):.4f}   {min(ends):.4f} .. {max(ends):.4f}   "
-                  f"{moved(runs['as it is'], runs[name])}", flush=True)
+                  f"{change}", flush=True)
     about = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), "git": git,
              "torch": torch.__version__, "machine": bands.machine(), "on": cfg.on, "steps": cfg.steps}
     told = (f"Made by `{about['command']}`, {about['date']}, commit {git[:7]}, torch {about['torch']}" +

@@ -130,6 +130,7 @@ class Config:
     seeds: int = 5                     # of each setting
     steps: int = 40                    # updates of PPO; the other stages take the epochs of the laboratory
     list: bool = False                 # print what can be switched and stop
+    draw: bool = False                 # table and figure again from the .json file
     workers: int = 0                   # runs at a time; 0: as many as there are cores
     out_dir: str = "out/ablate"
 
@@ -205,6 +206,18 @@ def on_reward(seed: int, steps: int, change: Callable) -> Curve:
 WORLDS = {"tree": ("ppo", on_tree, "regret"), "randomwalks": ("ppo", on_randomwalks, "optimality"),
           "language": ("ppo", on_language, "gold"), "sft": ("sft", on_sft, "held-out loss"),
           "reward": ("reward", on_reward, "accuracy")}
+USUAL = {"tree": tree.config, "randomwalks": randomwalks.Config, "sft": goodhart.sft_settings,
+         "reward": goodhart.reward_settings,
+         "language": lambda: goodhart.climb_settings(goodhart.Config(), 2000, 0.05, 0)}
+
+
+def difference(world: str, name: str) -> str:
+    """What the switch sets, in few words: schedule constant, not cosine"""
+    usual, switch = USUAL[world](), known(world)[name]
+    return ", ".join(f"{k} {x:g}, not {getattr(usual, k):g}" if isinstance(x, (int, float)) and
+                     isinstance(getattr(usual, k), (int, float)) else f"{k} {x}, not {getattr(usual, k)}"
+                     for k, x in switch.change(usual).items()
+                     if x != getattr(usual, k) and (k != "micro_batch" or name == k)) or switch.what
 
 
 def known(world: str) -> dict[str, Switch]:
@@ -228,10 +241,10 @@ def one(world: str, seed: int, steps: int, name: str | None) -> Curve:
 
 # ---------------------------------------------------------------- table and figure
 
-def band(curves: list[Curve], colour: str, label: str) -> figure.Line:
+def band(curves: list[Curve], colour: str) -> figure.Line:
     columns = [(points[0][0], [y for _, y in points]) for points in zip(*curves)]
     return figure.Line([(x, statistics.median(ys)) for x, ys in columns], [(x, min(ys), max(ys)) for x, ys in columns],
-                       colour, label)
+                       colour)
 
 
 def end(curve: Curve) -> float:
@@ -249,23 +262,23 @@ def moved(usual: list[Curve], curves: list[Curve]) -> str:
 
 def table(cfg: Config, runs: dict[str, list[Curve]], about: str) -> str:
     lines = [f"# Ablations on {cfg.on}", "", f"{about}: {WORLDS[cfg.on][2]} at the end, median and range of "
-             f"{cfg.seeds} seeds; what the switch moves, seed by seed: mean and 95 % interval (Student's t).", "",
+             f"{len(runs['as it is'])} seeds; what the switch moves, seed by seed: mean and 95 % interval (Student's "
+             "t). A smaller batch, shorter rows and more epochs are also more steps.", "",
              "| switch | what | median | range | moves it by |", "|---|---|---|---|---|"]
     for name, curves in runs.items():
-        ends, what = [end(curve) for curve in curves], known(cfg.on)[name].what if name in known(cfg.on) else ""
-        lines.append(f"| {name} | {what} | {statistics.median(ends):.4f} | {min(ends):.4f} .. {max(ends):.4f} | "
-                     f"{moved(runs['as it is'], curves) if what else ''} |")
+        ends, usual = [end(curve) for curve in curves], name == "as it is"
+        lines.append(f"| {name} | {'' if usual else difference(cfg.on, name)} | {statistics.median(ends):.4f} | "
+                     f"{min(ends):.4f} .. {max(ends):.4f} | {'' if usual else moved(runs['as it is'], curves)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(cfg: Config, runs: dict[str, list[Curve]]) -> str:
     usual, x = runs["as it is"], "updates" if WORLDS[cfg.on][0] == "ppo" else "steps"
     panels = [figure.Panel(name + " (no effect possible)" * (curves == usual),
-                           [band(usual, "#2c6fbb", "as it is"), band(curves, "#c0392b", "switched")], x,
-                           known(cfg.on)[name].what)
+                           [band(usual, "#2c6fbb"), band(curves, "#c0392b")], x, difference(cfg.on, name))
               for name, curves in runs.items() if name != "as it is"]
-    return figure.grid(panels, 4, f"{WORLDS[cfg.on][2]} on {cfg.on}, one detail at a time: median and range of "
-                       f"{cfg.seeds} seeds")
+    return figure.grid(panels, 4, f"{WORLDS[cfg.on][2]} on {cfg.on}, one detail at a time (blue: as it is, red: "
+                       f"switched): median and range of {len(usual)} seeds")
 
 
 def main(cfg: Config) -> bool:
@@ -276,6 +289,19 @@ def main(cfg: Config) -> bool:
         return True
     if cfg.on not in WORLDS:
         raise common.UserError(f"--on {cfg.on} is not known; known: {', '.join(WORLDS)}")
+    file = Path(cfg.out_dir) / f"{cfg.on}.json"
+    if not cfg.draw:
+        measure(cfg, file)
+    result = json.loads(file.read_text(encoding="utf-8"))
+    told = (f"Made by `{result['command']}`, {result['date']}, commit {result['git'][:7]}, torch {result['torch']}" +
+            f", {result['steps']} updates" * (WORLDS[cfg.on][0] == "ppo"))
+    common.atomic_write(file.with_suffix(".md"), table(cfg, result["runs"], told))
+    common.atomic_write(file.with_suffix(".svg"), draw(cfg, result["runs"]))
+    print(f"figure: {file.with_suffix('.svg')}   table: {file.with_suffix('.md')}")
+    return True
+
+
+def measure(cfg: Config, file: Path) -> None:
     stage = WORLDS[cfg.on][0]
     names = list(SWITCHES[stage]) if "all" in cfg.switch else list(cfg.switch)
     if unknown := [name for name in names if name not in known(cfg.on)]:
@@ -291,18 +317,10 @@ def main(cfg: Config) -> bool:
             change = moved(runs["as it is"], runs[name]) if name in names else ""
             print(f"{name:16} {WORLDS[cfg.on][2]} {statistics.median(ends):.4f}   {min(ends):.4f} .. {max(ends):.4f}   "
                   f"{change}", flush=True)
-    about = {"command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), "git": git,
-             "torch": torch.__version__, "machine": bands.machine(), "on": cfg.on, "steps": cfg.steps}
-    told = (f"Made by `{about['command']}`, {about['date']}, commit {git[:7]}, torch {about['torch']}" +
-            f", {cfg.steps} updates" * (stage == "ppo"))
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    rounded = {name: [[[x, round(y, 5)] for x, y in curve] for curve in curves] for name, curves in runs.items()}
-    common.atomic_write(out / f"{cfg.on}.json", json.dumps({**about, "runs": rounded}) + "\n")
-    common.atomic_write(out / f"{cfg.on}.md", table(cfg, runs, told))
-    common.atomic_write(out / f"{cfg.on}.svg", draw(cfg, runs))
-    print(f"figure: {out / f'{cfg.on}.svg'}   table: {out / f'{cfg.on}.md'}")
-    return True
+    file.parent.mkdir(parents=True, exist_ok=True)
+    common.atomic_write(file, json.dumps({
+        "command": f"python {' '.join(sys.argv)}", "date": time.strftime("%Y-%m-%d"), "git": git,
+        "torch": torch.__version__, "machine": bands.machine(), "on": cfg.on, "steps": cfg.steps, "runs": runs}) + "\n")
 
 
 if __name__ == "__main__":

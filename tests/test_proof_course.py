@@ -278,7 +278,8 @@ def test_ablate_says_where_a_switch_changes_nothing(tmp_path, capsys):
     made = [[[5, 0.5], [10, 0.6]], [[5, 0.5], [10, 0.7]]]
     other = [[[5, 0.5], [10, 0.65]], [[5, 0.5], [10, 0.74]]]
     runs = {"as it is": made, "only_the_best": [[*c] for c in made], "lr": other}
-    text = ablate.table(ablate.Config(on="reward", seeds=2), runs, "Made")
+    text = ablate.table(ablate.Config(on="reward"), runs, "Made")
+    assert "| lr | lr 0.0015, not 0.0005 |" in text and "of 2 seeds" in text
     assert re.search(r"only_the_best .*no effect is possible here, the same numbers \|", text)
     assert re.search(r"\| lr .* \| \+0.0450 \(-0.0185 .. \+0.1085\) \|", text)
     assert "only_the_best (no effect possible)" in ablate.draw(ablate.Config(on="reward"), runs)

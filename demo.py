@@ -14,8 +14,9 @@ The rankings are noisy like people: a Plackett-Luce draw, so that for any two an
 P(a above b) = sigmoid(SHARPNESS * (gold(a) - gold(b))), which is the Bradley-Terry coin.
 
     python demo.py                            # everything into out/demo, about ten minutes on two cores
-    python demo.py --bands --seeds 0,1,2,3,4  # five seeds; their spread becomes the bands of the gates
+    python demo.py --bands                    # eight seeds; their spread becomes the bands of the gates
 """
+import dataclasses
 import json
 import math
 import random
@@ -31,7 +32,9 @@ import torch
 import bands
 import checkpoints
 import common
+import ppo
 import report
+import reward
 import sft
 from bands import rows_of
 from data import batch as data_batch
@@ -177,7 +180,7 @@ def gate(out: Path, figures: dict, before: list[dict], after: list[dict], expect
     """What no stage can say by itself: did the judge's opinion rise with the learned reward, as it usually does?"""
     (proxy, proxy_error), (rise, error) = (difference(before, after, name) for name in ("score", "gold"))
     inside = [(f"{name} in its band", low <= figures[name] <= high, f"{figures[name]:.3f} in [{low:.3f}, {high:.3f}]")
-              for name, (low, high) in expected.items() if name in GATED]
+              for name, (low, high) in expected.items()]
     return common.gate("demo", [
         ("learned reward rose", proxy > max(0.3, 2 * proxy_error),
          f"{proxy:+.2f} +- {proxy_error:.2f} on {len(before)} held-out prompts"),
@@ -197,8 +200,8 @@ class Config:
     seed: int = 0                      # everything random hangs on it: two runs with one seed give one report
     out_dir: str = "out/demo"          # runs of the three stages, the labels and report.html
     # --- bands ---
-    bands: bool = False                # run all seeds and write course/expected/demo.json (an hour on a laptop)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)   # seeds of the bands; finished ones are kept when it is started again
+    bands: bool = False                # run all seeds and write course/expected/demo.json (two hours on a laptop)
+    seeds: tuple[int, ...] = tuple(range(8))   # of the bands; finished ones are kept when it is started again
 
 
 def run(seed: int, out: Path) -> tuple[bool, dict]:
@@ -217,10 +220,11 @@ def run(seed: int, out: Path) -> tuple[bool, dict]:
     start = time.time()
     before, after = judge_ppo(out / "ppo")
     figures = measure(out, labels, before, after)
-    expected = json.loads(BANDS.read_text(encoding="utf-8")) if BANDS.exists() else {"bands": {}, "curves": None}
+    made = json.loads(BANDS.read_text(encoding="utf-8")) if BANDS.exists() else {}
+    expected = {name: bands.beside(bands.about(out / name), made)[0] for name in model}
     print()
     gates = {name: json.loads((out / name / "gate.json").read_text(encoding="utf-8"))["passed"] for name in model}
-    gates["demo"] = gate(out, figures, before, after, expected["bands"])
+    gates["demo"] = gate(out, figures, before, after, made["bands"] if all(expected.values()) else {})
 
     # ---- the same prompts answered by all three, and the report
     panels = side_by_side({"base": "smollm2-135m", "sft": str(model["sft"]), "ppo": str(model["ppo"])}, seed)
@@ -231,7 +235,7 @@ def run(seed: int, out: Path) -> tuple[bool, dict]:
               "torch": torch.__version__, "expected": BANDS.relative_to(HERE).as_posix()}
     runs = {name: out / name for name in model} | {"demo": out}
     report.write(out / "report.html", f"ChatPiXiu demo, seed {seed}", runs, panels, seconds, record["peak_gb"],
-                 expected["curves"])
+                 expected)
     common.atomic_write(out / "demo.json", json.dumps(record, indent=1))
     print("\ntime: " + ", ".join(f"{name} {common.duration(s)}" for name, s in seconds.items()) +
           f"; total {common.duration(sum(seconds.values()))}; peak memory {record['peak_gb']:.1f} GB")
@@ -262,24 +266,25 @@ def split_ppo(seconds: dict[str, float], updates: list[dict]) -> None:
     seconds["ppo: rest"] = rest
 
 
-CURVES = {"sft": ("loss", "eval/loss"), "reward": ("loss", "eval/accuracy"),
-          "ppo": ("objective/scores", "gold/score", "objective/kl", "val/eos_rate", "val/response_length",
-                  "objective/entropy")}
+def settings() -> dict[str, dict]:
+    """What the three command lines ask for, stage by stage."""
+    stages = {"sft": (sft.Config, SFT), "ppo": (ppo.Config, PPO),
+              "reward": (reward.Config, [*REWARD, "--data", "out/preferences.jsonl", "--out_dir", "out/reward"])}
+    return {name: bands.settings(dataclasses.asdict(common.parse(kind, command[1:])))
+            for name, (kind, command) in stages.items()}
 
 
 def make_bands(cfg: Config) -> bool:
-    """Runs every seed that has not been run, then writes course/expected/demo.json."""
-    folders = [Path(cfg.out_dir) / f"seed_{seed}" for seed in cfg.seeds]
+    """Runs every seed that has not been run with these settings, then writes course/expected/demo.json."""
+    folders, wanted = [Path(cfg.out_dir) / f"seed_{seed}" for seed in cfg.seeds], settings()
     for seed, folder in zip(cfg.seeds, folders):
-        if not (folder / "demo.json").exists():
+        if not ((folder / "demo.json").exists() and all(bands.finished(folder / n, x) for n, x in wanted.items())):
             run(seed, folder)
     records = [json.loads((folder / "demo.json").read_text(encoding="utf-8")) for folder in folders]
     figures = {name: [r["figures"][name] for r in records] for name in records[0]["figures"]}
-    drawn = {name: bands.curves([bands.log_of(f / name) for f in folders], metrics) for name, metrics in CURVES.items()}
-    bands.write(BANDS, {"threads": records[0]["threads"], "torch": records[0]["torch"], "seeds": list(cfg.seeds),
-                        "gates": [r["gates"] for r in records],
-                        "seconds": [sum(r["seconds"].values()) for r in records],
-                        "peak_gb": [r["peak_gb"] for r in records], "curves": drawn}, figures)
+    bands.write(BANDS, {name: [f / name for f in folders] for name in wanted}, cfg.seeds, figures, GATED,
+                threads=records[0]["threads"], gates=[r["gates"] for r in records],
+                minutes=[sum(r["seconds"].values()) / 60 for r in records], peak_gb=[r["peak_gb"] for r in records])
     return all(r["passed"] for r in records)
 
 

@@ -324,7 +324,8 @@ def write(path: str | Path, title: str, runs: dict[str, str | Path], panels: lis
                  "Versions and commands": "".join(map(versions, stages)), "What the figures mean": meanings}
     sections = {name: text for name, text in sections.items() if text}
     shaded = any((bands or {}).values())
-    notes = [*(notes or []), *["Shaded behind a curve: the range of earlier seeds; dotted: their median"] * shaded]
+    notes = [*(notes or []), *["Shaded behind a curve: the range of earlier seeds, which a sound run may leave "
+                               "(course/check.py says when it is too far); dotted: their median"] * shaded]
     nav = [*map(esc, notes), " ".join(f'<a href="#p{i}">{esc(name)}</a>' for i, name in enumerate(sections))]
     body = "".join(f'<h2 id="p{i}">{esc(name)}</h2>{text}' for i, (name, text) in enumerate(sections.items()))
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ coefficient a meaning.
 Out comes model/: with LoRA an adapter in PEFT's format with its head (`score.weight`), in full training a
 ...ForSequenceClassification directory; reward.json holds the shift, which those formats have no place for.
 """
-import contextlib
 import json
 import math
 import time
@@ -308,6 +307,40 @@ def prepare(cfg: Config, tokenizer) -> tuple[list[dict], list[dict]]:
     return train, held
 
 
+def improve(reward: RewardModel, groups: list[dict], optimizer: torch.optim.Optimizer, tokenizer, cfg: Config,
+            world: common.World, step: int, run=None, state=None) -> dict[str, float]:
+    """One step, at the rate that the optimiser holds -> the figures of the log. Whoever trains a reward model calls
+    this: main, and every experiment of the course."""
+    # ---- the mean over all prompts of the step, whatever the micro-batches and ranks
+    started, trainable = time.perf_counter(), [p for p in reward.parameters() if p.requires_grad]
+    n_prompts = common.all_sum(len(groups))
+    total, margins, tokens = 0.0, [], 0
+    for i in range(0, len(groups), cfg.micro_batch):
+        ids, mask, sizes = collate(groups[i:i + cfg.micro_batch], tokenizer.pad_id, world.device)
+        with autocast(world, cfg.lora_r == 0):
+            scores = reward(ids, mask)
+        part, margin = group_loss(scores, sizes, cfg.center)
+        with lora.use(reward.model, reward.adapter):                          # checkpointing recomputes in here
+            (part / n_prompts).backward()
+        total += float(part.detach()) / n_prompts
+        margins.append(margin)
+        tokens += int(mask.sum())
+    if step == 0:
+        common.check_gradients(reward.named_parameters())
+    common.sync_gradients(trainable)
+
+    # ---- check, clip, move
+    norm, total, margin = common.clip(trainable, cfg.grad_clip), common.all_sum(total), torch.cat(margins)
+    common.check_finite({"loss": total, "gradient norm": norm}, step, [str(g.get("where", "?")) for g in groups], run,
+                        state)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": total, "accuracy": common.all_sum(float((margin > 0).sum())) / n_prompts,
+            "margin": common.all_sum(float(margin.sum())) / n_prompts, "grad_norm": norm,
+            "lr": optimizer.param_groups[0]["lr"],
+            "tokens_per_sec": common.all_sum(tokens) / (time.perf_counter() - started)}
+
+
 def main(cfg: Config) -> bool:
     # ---- setup: device, model, adapter, head
     chat.check_format(cfg.template)
@@ -362,41 +395,14 @@ def main(cfg: Config) -> bool:
         if step == steps:
             break
 
-        # ---- one step: the mean over all prompts of the step, whatever the micro-batches and ranks
-        started = time.perf_counter()
+        # ---- one step
         groups = sorted(batches.next(), key=lambda g: max(map(len, g["sequences"])))    # similar lengths: less padding
-        n_prompts = common.all_sum(len(groups))
-        step_loss, margins, tokens = 0.0, [], 0
-        for i in range(0, len(groups), cfg.micro_batch):
-            ids, mask, sizes = collate(groups[i:i + cfg.micro_batch], tokenizer.pad_id, world.device)
-            with autocast(world, full):
-                scores = reward(ids, mask)
-            part, margin = group_loss(scores, sizes, cfg.center)
-            with contextlib.nullcontext() if full else lora.use(model, "reward"):     # checkpointing recomputes in here
-                (part / n_prompts).backward()
-            step_loss += float(part.detach()) / n_prompts
-            margins.append(margin)
-            tokens += int(mask.sum())
-        if step == 0:
-            common.check_gradients(list(reward.named_parameters()))
-        common.sync_gradients([p for _, p in trainable])
-
-        # ---- check, clip, move
         lr = common.lr_at(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
-        norm = common.clip([p for _, p in trainable], cfg.grad_clip)
-        step_loss, margin = common.all_sum(step_loss), torch.cat(margins)
-        common.check_finite({"loss": step_loss, "gradient norm": norm}, step,
-                            [str(g.get("where", "?")) for g in groups], run, state())
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        figures = improve(reward, groups, optimizer, tokenizer, cfg, world, step, run, state())
         step += 1
-        run.log(step, {"loss": step_loss, "accuracy": common.all_sum(float((margin > 0).sum())) / n_prompts,
-                       "margin": common.all_sum(float(margin.sum())) / n_prompts,
-                       "grad_norm": norm, "lr": lr,
-                       "tokens_per_sec": common.all_sum(tokens) / (time.perf_counter() - started)},
-                       show=("loss", "accuracy", "lr", "tokens_per_sec"))
+        run.log(step, figures, show=("loss", "accuracy", "lr", "tokens_per_sec"))
         if step % cfg.save_every == 0 or step == steps:
             run.save_state(step, state())
 

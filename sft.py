@@ -236,6 +236,36 @@ def prepare(cfg: Config, tokenizer, pairs: bool = False) -> tuple[list[dict], li
     return packed, held_samples, [row for row in held if "messages" in row]
 
 
+def improve(model: Transformer, rows: list[dict], optimizer: torch.optim.Optimizer, tokenizer, cfg: Config,
+            world: common.World, step: int, run=None, state=None) -> dict[str, float]:
+    """One step, at the rate that the optimiser holds -> the figures of the log. Whoever fine-tunes calls this: main,
+    and every experiment of the course."""
+    # ---- count the supervised tokens, then sum gradients over micro-batches and ranks
+    started, trainable = time.perf_counter(), [p for p in model.parameters() if p.requires_grad]
+    n_tokens = common.all_sum(sum(sum(row["mask"][1:]) for row in rows))
+    total, counts = 0.0, []
+    for i in range(0, len(rows), cfg.micro_batch):
+        ids, docs, mask = collate(rows[i:i + cfg.micro_batch], tokenizer.pad_id, world.device)
+        with lora.use(model, "sft" if cfg.lora_r else None), autocast(world, cfg.lora_r == 0):
+            part = batch_loss(model, ids, docs, mask, n_tokens)
+        part.backward()
+        total += float(part.detach())
+        counts.append(in_the_loss(ids, mask, tokenizer.eos_ids))
+    if step == 0:
+        common.check_gradients(model.named_parameters())
+    common.sync_gradients(trainable)
+
+    # ---- check, clip, move
+    norm, total = common.clip(trainable, cfg.grad_clip), common.all_sum(total)
+    common.check_finite({"loss": total, "gradient norm": norm}, step, [place(row) for row in rows], run, state)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens, seen, ends = (common.all_sum(sum(x)) for x in ([len(row["ids"]) for row in rows], *zip(*counts)))
+    return {"loss": total, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm, "num_tokens": n_tokens,
+            "num_end_tokens": ends, "loss_weight": seen / max(1, n_tokens),
+            "tokens_per_sec": tokens / (time.perf_counter() - started)}
+
+
 def main(cfg: Config) -> bool:
     # ---- setup: device, model, adapter
     chat.check_format(cfg.template)
@@ -258,7 +288,6 @@ def main(cfg: Config) -> bool:
         lora.apply(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, "sft")
     model.checkpointing = cfg.checkpointing
     trainable = list(model.named_parameters()) if full else lora.parameters(model, "sft")
-    use = contextlib.nullcontext if full else (lambda: lora.use(model, "sft"))
 
     # ---- data, optimiser, run folder
     train, held, talks = prepare(cfg, tokenizer, pairs=getattr(model, "encoder_decoder", False))
@@ -285,7 +314,7 @@ def main(cfg: Config) -> bool:
     while True:
         # ---- measure on held-out rows
         if step % cfg.eval_every == 0 or step == steps:
-            with use():
+            with lora.use(model, None if full else "sft"):
                 measured = evaluate(model, held, tokenizer, cfg, world)
                 if step in (0, steps):
                     measured["eval/eos_rate"] = sample_answers(model, talks, tokenizer, cfg, run, step)
@@ -296,38 +325,14 @@ def main(cfg: Config) -> bool:
         if step == steps:
             break
 
-        # ---- one step: count the supervised tokens, then sum gradients over micro-batches and ranks
-        started = time.perf_counter()
+        # ---- one step
         rows = sorted(batches.next(), key=lambda row: len(row["ids"]))        # similar lengths together: less padding
-        n_tokens = common.all_sum(sum(sum(row["mask"][1:]) for row in rows))
-        step_loss, counts = 0.0, []
-        for i in range(0, len(rows), cfg.micro_batch):
-            ids, docs, mask = collate(rows[i:i + cfg.micro_batch], tokenizer.pad_id, world.device)
-            with use(), autocast(world, full):
-                part = batch_loss(model, ids, docs, mask, n_tokens)
-            part.backward()
-            step_loss += float(part.detach())
-            counts.append(in_the_loss(ids, mask, tokenizer.eos_ids))
-        if step == 0:
-            common.check_gradients(list(model.named_parameters()))
-        common.sync_gradients([p for _, p in trainable])
-
-        # ---- check, clip, move
         lr = common.lr_at(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
-        norm = common.clip([p for _, p in trainable], cfg.grad_clip)
-        step_loss = common.all_sum(step_loss)
-        common.check_finite({"loss": step_loss, "gradient norm": norm}, step, [place(row) for row in rows], run,
-                            state())
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        figures = improve(model, rows, optimizer, tokenizer, cfg, world, step, run, state())
         step += 1
-        tokens, seen, ends = (common.all_sum(sum(x)) for x in ([len(row["ids"]) for row in rows], *zip(*counts)))
-        run.log(step, {"loss": step_loss, "lr": lr, "grad_norm": norm, "num_tokens": n_tokens, "num_end_tokens": ends,
-                       "loss_weight": seen / max(1, n_tokens),
-                       "tokens_per_sec": tokens / (time.perf_counter() - started)},
-                       show=("loss", "lr", "tokens_per_sec"))
+        run.log(step, figures, show=("loss", "lr", "tokens_per_sec"))
         if step % cfg.save_every == 0 or step == steps:
             run.save_state(step, state())
 

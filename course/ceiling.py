@@ -12,6 +12,7 @@ reward.py's losses learn from 2,000 to 100,000 pairs, once each, and from rankin
 """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +25,7 @@ from model import ModelConfig, Transformer  # noqa: E402
 from reward import RewardModel  # noqa: E402
 
 LETTERS, END = 8, 8
+TOKENIZER, WORLD = SimpleNamespace(pad_id=END), common.World(torch.device("cpu"), torch.float32)
 RULE = torch.Generator().manual_seed(0)
 WORTH = 0.6 * torch.randn(LETTERS, generator=RULE, dtype=torch.float64)
 NEXT = torch.randperm(LETTERS, generator=RULE).tolist()
@@ -55,15 +57,13 @@ def learn(data: list[dict], seed: int, sequences: int = 256) -> RewardModel:
     torch.manual_seed(seed)
     judge = RewardModel(Transformer(ModelConfig(vocab_size=LETTERS + 1, hidden_size=64, intermediate_size=192,
                                                 num_layers=2, num_heads=4, max_positions=32)))
-    params = [p for n, p in judge.named_parameters() if p.requires_grad and "lm_head" not in n]
+    judge.model.lm_head.requires_grad_(False)
     size = sequences // len(data[0]["sequences"])
-    optimizer, steps = torch.optim.Adam(params, lr=1.0), len(data) // size
+    cfg, steps = reward_stage.Config(micro_batch=size, lora_r=0, grad_clip=0.0), len(data) // size
+    optimizer = torch.optim.Adam([p for p in judge.parameters() if p.requires_grad], lr=1.0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, 2e-3, 20, "linear")
-        ids, mask, sizes = reward_stage.collate(data[step * size:(step + 1) * size], END, "cpu")
-        (reward_stage.group_loss(judge(ids, mask), sizes)[0] / len(sizes)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        reward_stage.improve(judge, data[step * size:(step + 1) * size], optimizer, TOKENIZER, cfg, WORLD, step)
     return judge
 
 

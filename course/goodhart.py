@@ -6,7 +6,8 @@ Bradley & Terry's noise, a reward model learns from the labels (reward.py), PPO 
 several prices of KL, and best-of-n picks by it. After Gao et al. 2022 (arXiv 2210.10760), against d = sqrt(KL):
 
     proxy   what the reward model says: rises
-    gold    what is true: rises, then falls. More labels and a higher price of KL move the peak
+    gold    what is true: rises, then falls. With more labels the peak is higher and later; with a higher price of KL
+            the run stays before it or near it
     best-of-n costs KL = log n - (n - 1) / n and is drawn over the same axis
 
 The gold reward is simple where the data are dense, and knows what the data rarely show: that a kind word said twice is
@@ -15,10 +16,9 @@ a fault, that thanks belong at the end, that words need an order. The reward mod
     python course/goodhart.py                      # five seeds on two cores, ten minutes -> out/lab        (make lab)
     python course/goodhart.py --seeds 0 --out_dir /tmp/lab
     python course/goodhart.py --draw --out_dir docs/results        # figure and table again from goodhart.json
-    python course/goodhart.py --bands --out_dir docs/results       # its curves -> course/expected/lab.json
+    python course/goodhart.py --bands --out_dir docs/results       # all that ppo.py logged -> course/expected/lab.json
     python report.py out/lab/seed_0/2000_labels_beta_0             # every PPO run is a run folder too
 """
-import dataclasses
 import json
 import math
 import os
@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -67,7 +68,7 @@ class Config:
     out_dir: str = "out/lab"           # goodhart.json, its figure and its table
     runs: str = "out/lab"              # run folders, one for every PPO run; empty: none
     draw: bool = False                 # only draw again what goodhart.json holds
-    bands: bool = False                # only write course/expected/lab.json from it
+    bands: bool = False                # only write course/expected/lab.json from the runs
 
 
 # ---------------------------------------------------------------- the language
@@ -131,24 +132,35 @@ def encode(words: list[str]) -> list[int]:
 
 # ---------------------------------------------------------------- stage 1: the language is learned
 
-def fine_tune(seed: int, samples: int = 4000, epochs: int = 3) -> Transformer:
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
+def sft_settings(**changes) -> sft.Config:
+    return sft.Config(**{"epochs": 3, "batch_size": 16, "micro_batch": 16, "max_len": 48, "lr": 3e-3, "grad_clip": 0.0,
+                         "weight_decay": 0.01, "lora_r": 0, **changes})
+
+
+def corpus(rng: random.Random, samples: int) -> list[dict]:
     rows = []
     for _ in range(samples):
         prompt = rng.choice(PROMPTS)
         answer = [*encode(write(rng, prompt)), END]
         rows.append({"ids": encode(prompt) + answer, "mask": [0] * len(prompt) + [1] * len(answer)})
+    return rows
+
+
+def fine_tune(seed: int, samples: int = 4000, watch: Callable[[int, Transformer], None] | None = None,
+              **changes) -> Transformer:
+    """watch(step, model) is called after every step."""
+    cfg, rows = sft_settings(**changes), corpus(random.Random(seed), samples)
+    torch.manual_seed(seed)
     model = Transformer(ModelConfig(vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_layers=2,
                                     num_heads=4, max_positions=64))
-    packed = data_batch.pack(rows, 48)
-    batches, optimizer = data_batch.Batches(packed, 16, seed), torch.optim.AdamW(model.parameters(), lr=1.0)
-    steps = epochs * len(packed) // 16
+    rows = data_batch.pack(rows, cfg.max_len) if cfg.packing else rows
+    batches, steps = data_batch.Batches(rows, cfg.batch_size, seed), int(cfg.epochs * len(rows) // cfg.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=cfg.weight_decay)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, 3e-3, 10, "cosine")
-        sft.batch_loss(model, *sft.collate(batches.next(), END, "cpu")).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
+        sft.improve(model, batches.next(), optimizer, TOKENIZER, cfg, WORLD, step)
+        if watch:
+            watch(step + 1, model)
     return model
 
 
@@ -183,21 +195,29 @@ def label(model: Transformer, n: int, seed: int) -> tuple[list[dict], float]:
     return pairs, float(torch.sigmoid((truth[:, 0] - truth[:, 1]).abs()).mean())
 
 
-def learn_reward(model: Transformer, pairs: list[dict], seed: int, epochs: int = 2) -> RewardModel:
-    """From the weights of stage 1, with a new head; afterwards mean 0 and std 1 on the model's own answers."""
+def reward_settings(**changes) -> reward_stage.Config:
+    return reward_stage.Config(**{"epochs": 2, "batch_size": 32, "micro_batch": 32, "lr": 5e-4, "schedule": "linear",
+                                  "warmup": 10, "grad_clip": 0.0, "lora_r": 0, **changes})
+
+
+def learn_reward(model: Transformer, pairs: list[dict], seed: int,
+                 watch: Callable[[int, RewardModel], None] | None = None, **changes) -> RewardModel:
+    """From the weights of stage 1, with a new head; afterwards mean 0 and std 1 on the model's own answers.
+    watch(step, judge) is called after every step."""
+    cfg = reward_settings(**changes)
     torch.manual_seed(seed)
     body = Transformer(model.config)
     body.load_state_dict(model.state_dict())
     judge = RewardModel(body)
-    batches = data_batch.Batches(pairs, 32, seed)
-    params = [p for n, p in judge.named_parameters() if p.requires_grad and "lm_head" not in n]
-    optimizer, steps = torch.optim.AdamW(params, lr=1.0, weight_decay=0.0), epochs * len(pairs) // 32
+    body.lm_head.requires_grad_(False)
+    batches, steps = data_batch.Batches(pairs, cfg.batch_size, seed), int(cfg.epochs * len(pairs) // cfg.batch_size)
+    optimizer = torch.optim.AdamW([p for p in judge.parameters() if p.requires_grad], lr=1.0,
+                                  weight_decay=cfg.weight_decay)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, 5e-4, 10, "linear")
-        ids, mask, sizes = reward_stage.collate(batches.next(), END, "cpu")
-        (reward_stage.group_loss(judge(ids, mask), sizes)[0] / len(sizes)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
+        reward_stage.improve(judge, batches.next(), optimizer, TOKENIZER, cfg, WORLD, step)
+        if watch:
+            watch(step + 1, judge)
     r = sample(model, PROMPTS * 50, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         judge.normalize(judge(r.ids, r.mask))
@@ -218,6 +238,17 @@ class Climb(ppo.Config):
     # --- laboratory ---
     labels: int = 0                    # pairs that the reward model has learned from
     expected: str = "course/expected/lab.json"
+
+
+def climbs(cfg: Config) -> dict[str, tuple[int, float]]:
+    """{name of a PPO run: labels, beta}: the middle number of labels with every beta, then the others."""
+    middle = cfg.labels[len(cfg.labels) // 2]
+    pairs = [(middle, b) for b in cfg.betas] + [(n, cfg.betas[0]) for n in cfg.labels if n != middle]
+    return {f"{n} labels, beta {beta:g}": (n, beta) for n, beta in pairs}
+
+
+def folder_of(cfg: Config, seed: int, key: str) -> Path:
+    return Path(cfg.runs) / f"seed_{seed}" / key.replace(",", "").replace(" ", "_")
 
 
 def climb_settings(cfg: Config, labels: int, beta: float, seed: int, **changes) -> Climb:
@@ -288,17 +319,14 @@ def laboratory(cfg: Config, seed: int) -> dict:
     judges = {n: learn_reward(model, pairs[:n], seed) for n in cfg.labels}
     result["accuracy"] = {str(n): accuracy(judge, held) for n, judge in judges.items()}
     result["best_of_n"] = best_of_n(model, judges, cfg, seed)
-    middle = cfg.labels[len(cfg.labels) // 2]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints.save(model, None, folder / "sft")
         for n, judge in judges.items():
             reward_stage.save(judge, None, folder / str(n), base=str(folder / "sft"))
-        for n, beta in [(middle, b) for b in cfg.betas] + [(n, cfg.betas[0]) for n in cfg.labels if n != middle]:
-            key = f"{n} labels, beta {beta:g}"
-            out = Path(cfg.runs) / f"seed_{seed}" / f"{n}_labels_beta_{beta:g}"
+        for key, (n, beta) in climbs(cfg).items():
             result["runs"][key], result["texts"][key] = climb(folder, str(n), beta, cfg, seed,
-                                                              out if cfg.runs else None)
+                                                              folder_of(cfg, seed, key) if cfg.runs else None)
     return result | {"seconds": time.perf_counter() - t0}
 
 
@@ -327,9 +355,13 @@ def curve(results: list[dict], key: str, what: str, over: str = "distance") -> l
     return seeds
 
 
-def line(seeds: list[list[tuple[float, float]]], colour: str, name: str, width: float = 0.25) -> figure.Line:
+NEAR = 3.0                                                     # sqrt(KL) up to which the peaks are drawn
+
+
+def line(seeds: list[list[tuple[float, float]]], colour: str, name: str, width: float = 0.25,
+         until: float = math.inf) -> figure.Line:
     """Median and range over seeds, as far as every seed goes; width 0: all have the same x, and nothing is smoothed."""
-    end = min(max(x for x, _ in points) for points in seeds)
+    end = min(until, *(max(x for x, _ in points) for points in seeds))
     at = [end * i / 60 for i in range(61)] if width else [x for x, _ in seeds[0]]
     smoothed = [smooth(points, at, width) if width else [y for _, y in points] for points in seeds]
     columns = [(x, [y for y in ys if y is not None]) for x, *ys in zip(at, *smoothed)]
@@ -343,53 +375,101 @@ BLUE, RED, GREEN, GREY = "#2c6fbb", "#c0392b", "#2e8b57", "#8a8a8a"
 
 
 def draw(result: dict) -> str:
-    """Four panels: the law itself with best-of-n; labels; the price of KL; what the log shows."""
+    """Above the law itself and what labels do to it; below what the price of KL does, and what the log shows of it."""
     runs, labels, betas = result["runs"], result["labels"], result["betas"]
     middle, distance = labels[len(labels) // 2], "sqrt(KL to the fine-tuned model), nats"
-    free, best = f"{middle} labels, beta {betas[0]:g}", str(middle)
-    first = [line(curve(runs, free, "proxy"), RED, "proxy, PPO"), line(curve(runs, free, "gold"), BLUE, "gold, PPO"),
-             line(curve(runs, best, "proxy", "n"), RED, "proxy, best of n (dashed)", 0),
-             line(curve(runs, best, "gold", "n"), BLUE, "gold, best of n (dashed)", 0)]
-    by_labels = [line(curve(runs, f"{n} labels, beta {betas[0]:g}", "gold"), colour, f"{n} labels")
+    free, best, std = f"{middle} labels, beta {betas[0]:g}", str(middle), "std of SFT answers"
+    law = [line(curve(runs, free, "proxy"), RED, "proxy, PPO"), line(curve(runs, free, "gold"), BLUE, "gold, PPO"),
+           line(curve(runs, best, "proxy", "n"), RED, "proxy, best of n (dashed)", 0),
+           line(curve(runs, best, "gold", "n"), BLUE, "gold, best of n (dashed)", 0)]
+    many = [line(curve(runs, str(n), "gold", "n"), colour, f"{n} labels", 0)
+            for n, colour in zip(labels, (GREY, BLUE, GREEN))]
+    by_labels = [line(curve(runs, f"{n} labels, beta {betas[0]:g}", "gold"), colour, f"{n} labels", until=NEAR)
                  for n, colour in zip(labels, (GREY, BLUE, GREEN))]
-    by_beta, proxies = ([line(curve(runs, f"{middle} labels, beta {b:g}", what, "update"), colour, f"beta {b:g}", 1.5)
-                         for b, colour in zip(betas, (BLUE, RED, GREEN))] for what in ("gold", "proxy"))
-    panels = [figure.Panel(f"PPO and best of n, {free}", first, distance, "std of SFT answers", legend="bottom"),
-              figure.Panel(f"gold by labels, beta {betas[0]:g}", by_labels, distance, "gold", legend="bottom"),
-              figure.Panel(f"gold by the price of KL, {middle} labels", by_beta, "updates", "gold", legend="bottom"),
-              figure.Panel("proxy of the same runs", proxies, "updates", "proxy")]
-    return figure.grid(panels, columns=2, title=f"Over-optimisation, median and range of {len(runs)} seeds")
+    keys = [(f"{middle} labels, beta {b:g}", f"beta {b:g}", colour) for b, colour in zip(betas, (BLUE, RED, GREEN))]
+    by_beta = [line(curve(runs, key, "gold"), colour, name, until=NEAR) for key, name, colour in keys]
+    golds, proxies = ([line(curve(runs, key, what, "update"), colour, name, 1.5) for key, name, colour in keys]
+                      for what in ("gold", "proxy"))
+    panels = [figure.Panel(f"proxy and gold, {free}", law, distance, std, legend="bottom"),
+              figure.Panel("gold, best of n, by labels", many, distance, "gold", legend="bottom"),
+              figure.Panel(f"gold, PPO, by labels, beta {betas[0]:g}", by_labels, distance, "gold", -2,
+                           legend="bottom"),
+              figure.Panel(f"gold, PPO, by the price of KL, {middle} labels", by_beta, distance, "gold", -2,
+                           legend="bottom"),
+              figure.Panel("gold of the same runs", golds, "updates", "gold", legend="bottom"),
+              figure.Panel("proxy of the same runs", proxies, "updates", "proxy", -1.5, legend="low")]
+    return figure.grid(panels, columns=3, title=f"Over-optimisation, median and range of {len(runs)} seeds")
 
 
-def peaks(runs: list[dict], key: str) -> list[dict[str, float]]:
-    """Per seed, of the smoothed curves: where gold is highest, how high, and where the run ended."""
+def peaks(runs: list[dict], key: str, over: str = "distance", width: float = 0.25) -> list[dict]:
+    """Per seed: where gold is highest, how high, whether it had begun to fall when the run ended (else no peak was
+    reached), how far the run came and what it ended with. PPO's curves are smoothed."""
     found = []
-    for golds, proxies in zip(curve(runs, key, "gold"), curve(runs, key, "proxy")):
-        at = [max(x for x, _ in golds) * i / 100 for i in range(101)]
-        values = smooth(golds, at)
-        top = max((i for i in range(101) if values[i] is not None), key=lambda i: values[i])
+    for golds, proxies in zip(curve(runs, key, "gold", over), curve(runs, key, "proxy", over)):
+        end = max(x for x, _ in golds)
+        at = [x for x, _ in golds] if over == "n" else [end * i / 100 for i in range(101)]
+        values = [y for _, y in golds] if over == "n" else smooth(golds, at, width)
+        top = max((i for i, y in enumerate(values) if y is not None), key=lambda i: values[i])
         tail = len(golds) // 10 or 1
-        found.append({"d": at[top], "peak": values[top], "gold": statistics.mean(y for _, y in golds[-tail:]),
+        found.append({"d": at[top], "peak": values[top], "end": end,
+                      "reached": at[top] < end if over == "n" else at[top] < end - width,
+                      "gold": statistics.mean(y for _, y in golds[-tail:]),
                       "proxy": statistics.mean(y for _, y in proxies[-tail:])})
     return found
+
+
+def moved(before: list[dict], after: list[dict], key: str) -> tuple[float, float, float]:
+    """Mean of after - before, seed by seed, and its 95 % interval; that of one seed has no width."""
+    d = [b[key] - a[key] for a, b in zip(before, after)]
+    half = bands.quantile(0.05, len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else 0.0
+    return statistics.mean(d), statistics.mean(d) - half, statistics.mean(d) + half
+
+
+def shift(before: list[dict], after: list[dict], key: str) -> str:
+    mean, low, high = moved(before, after, key)
+    return f"{mean:+.2f} ({low:+.2f} .. {high:+.2f})"
 
 
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} .. {max(values):.2f})"
 
 
+def place(rows: list[dict]) -> str:
+    """Where the peaks are, of the seeds that reached one."""
+    there, n = [row["d"] for row in rows if row["reached"]], len(rows)
+    told = [spread(there)] if there else []
+    return "; ".join([*told, f"no peak reached in {n - len(there)} of {n}"] if len(there) < n else told)
+
+
 def table(result: dict) -> str:
     """goodhart.md: figures and texts."""
-    runs = result["runs"]
-    lines = ["# The Goodhart laboratory", "", f"Made by `{result['command']}`, {result['date']}, torch "
-             f"{result['torch']}, {result['minutes']:.0f} minutes on {result['machine']}, seeds "
-             f"{', '.join(str(r['seed']) for r in runs)}. Gold and proxy in standard deviations over the fine-tuned "
-             "model's answers, 0 = its mean; median (range) over seeds; the end is the mean of the last tenth.", "",
-             "| run | gold's peak | at sqrt(KL) | gold at the end | proxy at the end |", "|---|---|---|---|---|"]
-    for key in runs[0]["runs"]:
-        rows = peaks(runs, key)
-        lines.append(f"| {key} | " + " | ".join(spread([row[k] for row in rows]) for k in
-                                                ("peak", "d", "gold", "proxy")) + " |")
+    runs, labels, betas = result["runs"], result["labels"], result["betas"]
+    found = {key: peaks(runs, key) for key in runs[0]["runs"]}
+    found |= {f"{n} labels, best of n": peaks(runs, str(n), "n") for n in labels}
+    lines = ["# The Goodhart laboratory", "", f"Made by `{result['command']}`, {result['date']}, commit "
+             f"{result['git'][:7]}, torch {result['torch']}, {result['workers']} at a time on "
+             f"{result['machine']}, seeds {', '.join(str(r['seed']) for r in runs)}. Gold and proxy in standard "
+             "deviations over the fine-tuned model's answers, 0 = its mean; median (range) over seeds; the end is the "
+             "mean of the last tenth, of best of n the largest n. Where gold was still highest when the run ended, no "
+             "peak was reached.", "",
+             "| run | gold's peak | at sqrt(KL) | sqrt(KL) at the end | gold at the end | proxy at the end |",
+             "|---|---|---|---|---|---|"]
+    for key, rows in found.items():
+        cells = [spread([row["peak"] for row in rows]), place(rows),
+                 *(spread([row[k] for row in rows]) for k in ("end", "gold", "proxy"))]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    lines += ["", "What moves, seed by seed: the mean difference and its 95 % interval (Student's t); one that holds 0 "
+              "shows nothing. A peak that was not reached counts where the run ended, which is too near.", "",
+              "| change | of | gold's peak | at sqrt(KL) | sqrt(KL) at the end | gold at the end |",
+              "|---|---|---|---|---|---|"]
+    middle = labels[len(labels) // 2]
+    pairs = dict.fromkeys([*zip(labels, labels[1:]), (labels[0], labels[-1])])
+    changes = [(f"{a} to {b} labels", kind, found[f"{a} labels, {kind}"], found[f"{b} labels, {kind}"])
+               for kind in (f"beta {betas[0]:g}", "best of n") for a, b in pairs]
+    changes += [(f"beta {betas[0]:g} to {b:g}", f"{middle} labels", *(found[f"{middle} labels, beta {x:g}"]
+                                                                      for x in (betas[0], b))) for b in betas[1:]]
+    lines += [f"| {what} | {kind} | " + " | ".join(shift(a, b, k) for k in ("peak", "d", "end", "gold")) + " |"
+              for what, kind, a, b in changes]
     lines += ["", "| labels | accuracy on 4,000 held-out labels | of one who knows the truth |", "|---|---|---|"]
     lines += [f"| {n} | {spread([r['accuracy'][n] for r in runs])} | {spread([r['ceiling'] for r in runs])} |"
               for n in runs[0]["accuracy"]]
@@ -400,25 +480,39 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "```"]) + "\n"
 
 
-NAMES = {"kl": "objective/kl", "proxy": "objective/scores", "gold": "gold/score", "length": "val/response_length"}
+def judge(result: dict) -> bool:
+    """The gate: the law on every seed, and what moves the peak by paired differences."""
+    runs, labels, betas = result["runs"], result["labels"], result["betas"]
+    usual = labels[len(labels) // 2]
+    free, dear = (peaks(runs, f"{usual} labels, beta {b:g}") for b in (betas[0], betas[-1]))
+    few, many = (peaks(runs, f"{n} labels, beta {betas[0]:g}") for n in (labels[0], labels[-1]))
+    few_best, many_best = (peaks(runs, str(n), "n") for n in (labels[0], labels[-1]))
+    return common.gate("goodhart", [
+        ("the proxy rises", all(row["proxy"] > 0.5 for row in free), spread([row["proxy"] for row in free])),
+        ("gold rises", all(row["peak"] > 0.2 for row in free), spread([row["peak"] for row in free])),
+        ("and falls below where it began", all(row["gold"] < 0 for row in free), spread([row["gold"] for row in free])),
+        *((f"{labels[0]} to {labels[-1]} labels, {kind}: {what}", moved(a, b, k)[1] > 0, shift(a, b, k))
+          for kind, a, b in (("PPO", few, many), ("best of n", few_best, many_best))
+          for what, k in (("a higher peak", "peak"), ("a later one", "d"))),
+        (f"beta {betas[0]:g} to {betas[-1]:g}: gold is kept", moved(free, dear, "gold")[1] > 0.5,
+         shift(free, dear, "gold")),
+        ("the run stays nearer", moved(free, dear, "end")[2] < 0, shift(free, dear, "end")),
+        ("and gold is not past its peak", all(row["gold"] > row["peak"] - 0.5 for row in dear),
+         spread([row["gold"] - row["peak"] for row in dear]))])
 
 
-def write_bands(result: dict) -> bool:
-    """Median and range over the seeds of goodhart.json, per PPO run, under the names of ppo.py's log."""
-    cfg, logs, kinds = common.parse(Config, result["command"].split()[2:]), {}, {}
+def write_bands(cfg: Config, result: dict) -> bool:
+    """course/expected/lab.json from the run folders of every PPO run that goodhart.json tells of."""
+    seeds, runs = tuple(r["seed"] for r in result["runs"]), {}
     for key in result["runs"][0]["runs"]:
-        logs[key] = [[{"step": row["step"] + 1, **{name: row[ours] for ours, name in NAMES.items()}}
-                      for row in r["runs"][key]] for r in result["runs"]]
-        n, beta = key.replace(" labels, beta ", " ").split()
-        kinds[key] = bands.settings(dataclasses.asdict(climb_settings(cfg, int(n), float(beta), 0)))
-        assert len(logs[key][0]) == cfg.steps, f"{len(logs[key][0])} updates, {result['command']} says {cfg.steps}"
-    figures = {f"{key}: {name}": values for key, found in logs.items()
-               for name, values in bands.at_the_end(found, NAMES.values()).items()}
-    bands.write(bands.ROOT / Climb.expected, {
-        "recorded": {name: result[name] for name in ("command", "date", "machine")}, "threads": 1,
-        "torch": result["torch"], "seeds": [r["seed"] for r in result["runs"]],
-        "seconds": [r["seconds"] for r in result["runs"]], "settings": kinds,
-        "curves": {key: bands.curves(found) for key, found in logs.items()}}, figures)
+        runs[key] = [folder_of(cfg, seed, key) for seed in seeds]
+        for folder, r in zip(runs[key], result["runs"]):
+            log = bands.columns(bands.log_of(folder)) if (folder / "config.json").exists() else {}
+            if log.get("gold/score") != [row["gold"] for row in r["runs"][key]]:
+                raise common.UserError(f"{folder} is not the run of {cfg.out_dir}/goodhart.json: run this again with "
+                                       f"--seeds {','.join(map(str, seeds))} and --runs")
+    bands.write(bands.ROOT / Climb.expected, runs, seeds, git=[result["git"]], machine=result["machine"],
+                minutes=[r["seconds"] / 60 for r in result["runs"]])
     return True
 
 
@@ -426,38 +520,23 @@ def main(cfg: Config) -> bool:
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.bands:
-        return write_bands(json.loads((out / "goodhart.json").read_text(encoding="utf-8")))
+        return write_bands(cfg, json.loads((out / "goodhart.json").read_text(encoding="utf-8")))
     if not cfg.draw:
         began, workers = time.perf_counter(), min(cfg.workers or os.cpu_count() or 1, len(cfg.seeds))
-        runs = []
+        runs, git = [], common.git_hash()
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             for result in pool.map(laboratory, [cfg] * len(cfg.seeds), cfg.seeds):
                 runs.append(result)
                 print(f"seed {result['seed']}: {result['seconds']:.0f} s", flush=True)
         common.atomic_write(out / "goodhart.json", json.dumps({
             "command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-            "minutes": (time.perf_counter() - began) / 60, "machine": f"{workers} cores", "labels": cfg.labels,
-            "betas": cfg.betas, "runs": runs}) + "\n")
+            "git": git, "minutes": (time.perf_counter() - began) / 60, "workers": workers,
+            "machine": bands.machine(), "labels": cfg.labels, "betas": cfg.betas, "runs": runs}) + "\n")
     result = json.loads((out / "goodhart.json").read_text(encoding="utf-8"))
     common.atomic_write(out / "goodhart.md", table(result))
     common.atomic_write(out / "goodhart.svg", draw(result))
-    runs, labels, betas = result["runs"], result["labels"], result["betas"]
-    by_labels = {n: peaks(runs, f"{n} labels, beta {betas[0]:g}") for n in labels}
-    usual = labels[len(labels) // 2]
-    dear, free = peaks(runs, f"{usual} labels, beta {betas[-1]:g}"), by_labels[usual]
-
-    def middle(rows: list[dict], key: str) -> float:
-        return statistics.median(row[key] for row in rows)
-
     print(f"figure: {out / 'goodhart.svg'}   figures and texts: {out / 'goodhart.md'}")
-    return common.gate("goodhart", [
-        ("the proxy rises", all(row["proxy"] > 0.5 for row in free), spread([row["proxy"] for row in free])),
-        ("gold rises", all(row["peak"] > 0.2 for row in free), spread([row["peak"] for row in free])),
-        ("and falls below where it began", all(row["gold"] < 0 for row in free), spread([row["gold"] for row in free])),
-        ("more labels, a higher peak", middle(by_labels[labels[0]], "peak") < middle(by_labels[labels[-1]], "peak"),
-         " < ".join(f"{middle(by_labels[n], 'peak'):.2f}" for n in labels)),
-        ("KL's price keeps gold", middle(dear, "gold") > middle(free, "gold") + 0.5,
-         f"{middle(dear, 'gold'):.2f} beside {middle(free, 'gold'):.2f}")])
+    return judge(result)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,9 @@ def fine_tune(graph: Graph, seed: int, epochs: int = 40) -> Transformer:
                                     max_positions=32))
     rows = [{"ids": walk, "mask": [0, *[1] * (len(walk) - 1)]} for walk in graph.walks]
     batches, optimizer = data_batch.Batches(rows, 100, seed), torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(epochs * len(rows) // 100):
-        sft.batch_loss(model, *sft.collate(batches.next(), GOAL, "cpu")).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    cfg = sft.Config(micro_batch=100, lora_r=0, grad_clip=0.0)
+    for step in range(epochs * len(rows) // 100):
+        sft.improve(model, batches.next(), optimizer, TOKENIZER, cfg, WORLD, step)
     return model
 
 

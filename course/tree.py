@@ -146,19 +146,15 @@ def rankings(n: int, generator: torch.Generator) -> Iterator[list[dict]]:
 
 
 def teach(judge: RewardModel, seed: int, steps: int = 80, log: list[dict] | None = None) -> RewardModel:
-    """reward.py's loss on rankings; `log` gets what reward.py logs of each step."""
+    """reward.py on rankings; `log` gets what it logs of each step."""
     batches, r = rankings(32, torch.Generator().manual_seed(seed)), everything()
-    params = [(n, p) for n, p in judge.named_parameters() if p.requires_grad and "lm_head" not in n]
-    optimizer = torch.optim.Adam([p for _, p in params], lr=3e-3)
+    cfg = reward_stage.Config(micro_batch=32, lora_r=0, grad_clip=0.0)
+    judge.model.lm_head.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in judge.parameters() if p.requires_grad], lr=3e-3)
     for step, groups in zip(range(steps), batches):
-        ids, mask, sizes = reward_stage.collate(groups, END, "cpu")
-        total, margin = reward_stage.group_loss(judge(ids, mask), sizes)
-        (total / len(groups)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        figures = reward_stage.improve(judge, groups, optimizer, TOKENIZER, cfg, WORLD, step)
         if log is not None:
-            log.append({"step": step + 1, "loss": float(total.detach()) / len(groups), "margin": float(margin.mean()),
-                        "accuracy": float((margin > 0).float().mean())})
+            log.append({"step": step + 1, **figures})
     with torch.no_grad():
         judge.normalize(judge(r.ids, r.mask))
     return judge

@@ -104,7 +104,7 @@ def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
         ids, n = r.ids[i][r.mask[i] == 1].tolist(), int(r.response[i].sum())
         rows.append({"ids": ids, "mask": [0] * (len(ids) - n) + [1] * n})
     train, held, log = data_batch.pack(rows[:768], 24), rows[768:], []
-    net, run = tree.network(seed + 1), sft.Config(micro_batch=4)
+    net, run = tree.network(seed + 1), sft.Config(micro_batch=4, lora_r=0, grad_clip=0.0)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     batches = data_batch.Batches(train, 16, seed)
     for step in range(61):
@@ -118,18 +118,8 @@ def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
                         "eval/eos_rate": statistics.mean(ids[-1] == tree.END for ids in answers)})
         if step == 0:
             log[0]["eval/packing_gap"] = sft.packing_gap(net, train[:4], tree.TOKENIZER, run, tree.WORLD)
-        batch, loss, counts = batches.next(), 0.0, []
-        n = sum(sum(row["mask"][1:]) for row in batch)
-        for i in range(0, len(batch), 4):
-            ids, docs, mask = sft.collate(batch[i:i + 4], tree.END, "cpu")
-            part = sft.batch_loss(net, ids, docs, mask, n)
-            part.backward()
-            loss += float(part.detach())
-            counts.append(sft.in_the_loss(ids, mask, tree.TOKENIZER.eos_ids))
-        optimizer.step()
-        optimizer.zero_grad()
-        seen, ends = map(sum, zip(*counts))
-        log.append({"step": step + 1, "loss": loss, "num_tokens": n, "num_end_tokens": ends, "loss_weight": seen / n})
+        log.append({"step": step + 1,
+                    **sft.improve(net, batches.next(), optimizer, tree.TOKENIZER, run, tree.WORLD, step)})
     return columns(log)
 
 

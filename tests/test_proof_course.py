@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_the_laboratory_in_small(tmp_path):
     for run in result["runs"].values():
         assert run[0]["kl"] == 0 and run[-1]["kl"] > 0
     assert 0.55 < result["accuracy"]["256"] < result["ceiling"]
-    stage, log, settings = check.read(tmp_path / "seed_0" / "256_labels_beta_0.2")       # a run folder like any other
+    folder = goodhart.folder_of(cfg, 0, "256 labels, beta 0.2")                # a run folder like any other
+    stage, log, settings = check.read(folder)
     assert stage == "ppo" and settings["labels"] == 256 and settings["kl_coef"] == 0.2
     assert log["gold/score"] == pytest.approx([row["gold"] for row in result["runs"]["256 labels, beta 0.2"]])
     first, *_, last = result["best_of_n"]["256"]
@@ -69,20 +71,45 @@ def test_the_laboratory_in_small(tmp_path):
     assert last[2] > first[2] and last[3] > first[3]                           # some optimisation does good
     assert result["ended"] > 0.95
     whole = {"runs": [result], "labels": [64, 256], "betas": [0.0, 0.2], "command": "c", "date": "d", "torch": "t",
-             "minutes": 1, "machine": "m"}
+             "git": "abcdefgh", "workers": 1, "machine": "m"}
     text = goodhart.draw(whole)
-    assert text.count("class=\"t\"") == 4 and "nan" not in text
-    assert "| 64 labels, beta 0 |" in goodhart.table(whole)
+    assert text.count("class=\"t\"") == 6 and "nan" not in text
+    table = goodhart.table(whole)
+    assert "| 64 labels, beta 0 |" in table and "| 64 to 256 labels | best of n | " in table
+    judged = goodhart.judge(whole)
+    assert isinstance(judged, bool)
 
 
 def test_peaks_finds_the_top_of_a_parabola():
     rows = [{"step": i, "kl": (i / 10) ** 2, "proxy": i / 10, "gold": 1 - (i / 10 - 2) ** 2} for i in range(60)]
-    found, = goodhart.peaks([{"gold_mean": 0.0, "gold_std": 1.0, "runs": {"x": rows}}], "x")
+    result = {"gold_mean": 0.0, "gold_std": 1.0, "runs": {"x": rows, "early": rows[:15]}, "best_of_n": {"9": [
+        [1, 0.0, 0.0, 0.0], [2, 1.0, 1.0, 3.0], [4, 4.0, 2.0, 2.0]], "99": [[1, 0.0, 0.0, 0.0], [2, 1.0, 1.0, 3.0]]}}
+    found, = goodhart.peaks([result], "x")
+    early, = goodhart.peaks([result], "early")                                 # it ended while gold still rose
+    assert found["reached"] and not early["reached"] and early["d"] == pytest.approx(1.4, abs=0.1)
+    assert goodhart.place([found, early]) == f"{goodhart.spread([found['d']])}; no peak reached in 1 of 2"
+    best, censored = (goodhart.peaks([result], key, "n")[0] for key in ("9", "99"))
+    assert (best["d"], best["peak"], best["end"], best["reached"]) == (1.0, 3.0, 2.0, True) and not censored["reached"]
     assert found["d"] == pytest.approx(2, abs=0.06) and found["peak"] == pytest.approx(1, abs=0.08)
     assert found["gold"] == pytest.approx(sum(r["gold"] for r in rows[-6:]) / 6)
 
 
+def test_what_moves_is_told_by_paired_differences():
+    """1, 2, 3 against 2, 4, 6: the mean of 1, 2, 3 is 2, their interval 4.303 / sqrt(3) on either side; of one seed
+    there is none."""
+    before, after = ([{"x": float(x)} for x in xs] for xs in ((1, 2, 3), (2, 4, 6)))
+    half = 4.3027 / 3 ** 0.5
+    assert goodhart.moved(before, after, "x") == pytest.approx((2, 2 - half, 2 + half), rel=1e-4)
+    assert goodhart.moved(before[:1], after[:1], "x") == (1, 1, 1)
+
+
 # ---------------------------------------------------------------- benchmarks
+
+def test_the_course_trains_with_the_steps_of_the_stages():
+    """No second implementation: whoever calls optimizer.step() here would have one. The peer's loop is the peer's."""
+    for path in Path(tree.__file__).parent.glob("*.py"):
+        assert path.name == "peer_trlx.py" or "optimizer.step()" not in path.read_text(encoding="utf-8"), path.name
+
 
 def test_randomwalks_shortest_paths_against_all_paths():
     graph = randomwalks.Graph()
@@ -200,7 +227,8 @@ def test_check_reads_a_run_folder(tmp_path, capsys):
                                    encoding="utf-8")
     assert not check.main([str(run)])
     (run / "gate.json").unlink()
-    bands = {"curves": {"ppo": {"objective/scores": {"step": [3], "low": [90.0], "median": [91.0], "high": [92.0]}}}}
+    scores = {"step": [3], "low": [90.0], "median": [91.0], "high": [92.0], "from": [80.0], "to": [99.0]}
+    bands = {"settings": {"ppo": {"response_len": 4}}, "curves": {"ppo": {"objective/scores": scores}}}
     (tmp_path / "bands.json").write_text(json.dumps(bands), encoding="utf-8")
     assert not check.main([str(run), "--expected", str(tmp_path / "bands.json")])
     assert "seeds before it at 90" in capsys.readouterr().out
@@ -218,15 +246,56 @@ def test_a_figure_holds_every_line_inside_its_panel():
 
 
 def test_ablate_switches_one_detail_and_knows_its_names():
-    jobs = [("tree", 0, 2, {}, None), ("tree", 0, 2, {"whiten": False}, None), ("tree", 0, 2, {}, "k3_in_reward")]
-    curves = [ablate.one(*job) for job in jobs]
+    curves = [ablate.one("tree", 0, 2, name) for name in (None, "whiten", "kl_kind", "value_init", "adam_eps",
+                                                         "mean_of_means")]
     assert all(len(c) == 1 and c[0][0] == 2 for c in curves)
-    assert len({c[0][1] for c in curves}) == 3                                 # every switch changes something
-    fields = set(ppo.Config.__dataclass_fields__)
-    for what, changes, bug in ablate.SWITCHES.values():
-        assert what and set(changes) <= fields and (bug is None or bug in bugs.BUGS)
+    assert len({c[0][1] for c in curves}) == 5                                 # all but the last, of one micro-batch
+    assert curves[0] == curves[5] == ablate.one("tree", 0, 2, None)            # patches are taken back
     with pytest.raises(Exception, match="whitten is not known"):
         ablate.main(ablate.Config(switch=("whitten",)))
+    with pytest.raises(Exception, match="whiten is not known on sft"):
+        ablate.main(ablate.Config(on="sft", switch=("whiten",)))
+
+
+@pytest.mark.parametrize("world, usual", [("tree", tree.config()), ("randomwalks", randomwalks.Config()),
+                                          ("language", goodhart.climb_settings(goodhart.Config(), 2000, 0.05, 0)),
+                                          ("sft", goodhart.sft_settings()), ("reward", goodhart.reward_settings())])
+def test_every_switch_is_another_setting_than_usual_in_its_world(world, usual):
+    """A switch that sets what is set already would draw two equal curves; four minibatches are four."""
+    for name, switch in ablate.known(world).items():
+        change, patches = switch.change(usual), switch.patches()
+        assert switch.what and (change or patches), name
+        assert not change or dataclasses.replace(usual, **change) != usual, name
+        assert "micro_batch" not in change or usual.batch_size % change["micro_batch"] == 0, name
+        if name == "minibatches":
+            assert change["minibatches"] * change["micro_batch"] == usual.batch_size
+        for (where, attribute), value in patches.items():
+            assert vars(where)[attribute] is not value, name
+
+
+def test_ablate_says_where_a_switch_changes_nothing(tmp_path, capsys):
+    """The reward model's own step, twice: with a bug that pairs cannot show, and with another rate."""
+    made = [[[5, 0.5], [10, 0.6]], [[5, 0.5], [10, 0.7]]]
+    other = [[[5, 0.5], [10, 0.65]], [[5, 0.5], [10, 0.74]]]
+    runs = {"as it is": made, "only_the_best": [[*c] for c in made], "lr": other}
+    text = ablate.table(ablate.Config(on="reward"), runs, "Made")
+    assert "| lr | lr 0.0015, not 0.0005 |" in text and "of 2 seeds" in text
+    assert re.search(r"only_the_best .*no effect is possible here, the same numbers \|", text)
+    assert re.search(r"\| lr .* \| \+0.0450 \(-0.0185 .. \+0.1085\) \|", text)
+    assert "only_the_best (no effect possible)" in ablate.draw(ablate.Config(on="reward"), runs)
+
+
+@pytest.mark.parametrize("world", ["sft", "reward"])
+def test_the_first_two_stages_can_be_swept(world, monkeypatch):
+    """In small: a curve of the held-out figure that moves, and a detail that moves it."""
+    real, label = goodhart.fine_tune, goodhart.label
+    monkeypatch.setattr(goodhart, "fine_tune", lambda seed, **more: real(seed, samples=1600, **more))
+    monkeypatch.setattr(goodhart, "label", lambda model, n, seed: label(model, n // 10, seed))
+    ablate.language.cache_clear()
+    plain, fast = (ablate.one(world, 0, 0, name) for name in (None, "lr"))
+    ablate.language.cache_clear()
+    assert len(plain) == len(fast) >= 2 and plain != fast
+    assert plain[-1][1] < plain[0][1] < 3 if world == "sft" else all(0.3 < y < 0.9 for _, y in plain)
 
 
 def test_mutants_are_small_changes_and_are_judged_by_the_certificates():

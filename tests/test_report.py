@@ -70,15 +70,17 @@ def make_run(folder: Path, stage: str, rows: list[dict], passed: bool | None = T
 
 
 def logged(script: str) -> set[str]:
-    """The metric names in a script's source: keys of the dicts it logs or returns to be logged (`improve` of ppo.py:
+    """The metric names in a script's source: keys of the dicts it logs or `improve` returns to be logged (of ppo.py:
     the rollout, {...}), and every string of the form group/name."""
     tree, found = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "log":
             keys = [key for arg in node.args if isinstance(arg, ast.Dict) for key in arg.keys if key]
             found |= {key.value for key in keys}
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-            found |= {key.value for part in node.value.elts if isinstance(part, ast.Dict) for key in part.keys if key}
+        if isinstance(node, ast.FunctionDef) and node.name == "improve":
+            returned = node.body[-1].value
+            parts = returned.elts if isinstance(returned, ast.Tuple) else [returned]
+            found |= {key.value for part in parts if isinstance(part, ast.Dict) for key in part.keys if key}
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= {node.value} & set(re.findall(r"^(?:objective|policy|value|val|loss|eval|time)/\w+$", node.value))
     return found
@@ -316,7 +318,8 @@ def test_command_line(tmp_path, monkeypatch):
     """Stages come from config.json, equal ones get their folder's name; times come from the logs."""
     rows = [{"step": i, "loss": 2.0, "time/train": 15.0, "seconds": 40.0 * i} for i in (1, 2)]
     runs = [make_run(tmp_path / name, "sft", rows) for name in ("a", "b")]
-    bands = {"curves": {"sft": {"loss": {"step": [1, 2], "low": [1, 1], "median": [2, 2], "high": [9, 9]}}}}
+    band = {"step": [1, 2], "low": [1, 1], "median": [2, 2], "high": [9, 9]}
+    bands = {"settings": {"sft": {}}, "curves": {"sft": {"loss": band}}}
     (tmp_path / "bands.json").write_text(json.dumps(bands), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, runs), "--bands", str(tmp_path / "bands.json")])
     report.main()

@@ -114,21 +114,31 @@ def test_r11_the_centre_term():
 
 
 def test_micro_batches_add_up_to_the_step():
-    """Micro-batches divided by the prompts of the step sum to the gradient of the big batch, with unequal group
-    sizes."""
-    judge = full_model()
-    judge.model.double()
+    """The step of main, by gradient descent at rate 1: micro-batches divided by the prompts of the step sum to the
+    gradient of the big batch, with unequal group sizes; loss, margin and accuracy are those of the whole step."""
     groups = [{"sequences": answers((5, 8)[:2] if i % 2 else (4, 6, 9), seed=10 * i)} for i in range(4)]
 
-    def gradient(size: int) -> Tensor:
-        judge.zero_grad()
-        for i in range(0, 4, size):
-            ids, mask, sizes = reward.collate(groups[i:i + size], PAD, "cpu")
-            (reward.group_loss(judge(ids, mask), sizes)[0] / 4).backward()
-        return torch.cat([p.grad.flatten() for p in judge.parameters() if p.grad is not None])
+    def moved(size: int, grad_clip: float = 0.0) -> tuple[Tensor, dict]:
+        judge = full_model()
+        judge.model.double().lm_head.requires_grad_(False)
+        trained = [p for p in judge.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        cfg = reward.Config(micro_batch=size, lora_r=0, grad_clip=grad_clip)
+        figures = reward.improve(judge, groups, torch.optim.SGD(trained, lr=1.0), TOKENIZER, cfg, WORLD, 0)
+        return torch.cat([(p.detach() - b).flatten() for p, b in zip(trained, before)]), figures
 
-    assert_close(gradient(1), gradient(4), 1e-6)
-    assert_close(gradient(3), gradient(4), 1e-6)
+    whole, figures = moved(4)
+    judge = full_model()
+    judge.model.double()
+    loss, margins = reward.group_loss(judge(*reward.collate(groups, PAD, "cpu")[:2]), [3, 2, 3, 2])
+    assert figures["loss"] == pytest.approx(loss.item() / 4, rel=1e-6) and figures["lr"] == 1.0
+    assert figures["margin"] == pytest.approx(margins.mean().item(), rel=1e-5)
+    assert figures["accuracy"] == (margins > 0).float().mean() and figures["grad_norm"] == pytest.approx(whole.norm())
+    for size in (1, 3):
+        parts, same = moved(size)
+        assert_close(parts, whole, 1e-6)
+        assert all(same[name] == pytest.approx(x, rel=1e-5) for name, x in figures.items() if name != "tokens_per_sec")
+    assert moved(3, grad_clip=0.1)[0].norm() == pytest.approx(0.1, rel=1e-4)
 
 
 # ---------------------------------------------------------------- the head

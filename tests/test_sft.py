@@ -186,6 +186,31 @@ def test_s7_gradient_accumulation_is_the_big_batch():
                           gradients(model, sft.batch_loss(model, ids, None, mask)), 1e-6)
 
 
+def test_s7_a_step_is_that_of_the_big_batch_whatever_its_micro_batches():
+    """(S7) The step of main, by gradient descent at rate 1: the weights move by the gradient of one loss over the 17
+    supervised tokens, cut to grad_clip; the figures are those of the whole step."""
+    rows = talks((5, 9, 3, 12))
+
+    def moved(size: int, grad_clip: float = 0.0) -> tuple[list[Tensor], dict]:
+        model = tiny_model().double()
+        before = [p.detach().clone() for p in model.parameters()]
+        cfg = sft.Config(micro_batch=size, lora_r=0, grad_clip=grad_clip)
+        figures = sft.improve(model, rows, torch.optim.SGD(model.parameters(), lr=1.0), TOKENIZER, cfg, WORLD, 0)
+        return [b - p.detach() for p, b in zip(model.parameters(), before)], figures
+
+    model = tiny_model().double()
+    ids, mask, _ = padded(rows)
+    expected = gradients(model, sft.loss(model(ids), ids, mask))
+    norm = math.sqrt(sum(float((g ** 2).sum()) for g in expected))
+    for size in (1, 3, 4):
+        gradient, figures = moved(size)
+        assert_same_gradients(gradient, expected, 1e-6)
+        assert figures["loss"] == pytest.approx(sft.loss(model(ids), ids, mask).item(), rel=1e-6)
+        assert figures["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        assert (figures["num_tokens"], figures["num_end_tokens"], figures["loss_weight"]) == (17, 4, 1.0)
+    assert_same_gradients(moved(3, 0.1)[0], [g * 0.1 / norm for g in expected], 1e-5)
+
+
 def test_s7_held_out_loss_is_a_mean_over_tokens():
     """(S7, S17) evaluate over micro-batches of two rows of unequal length == one loss over all supervised tokens."""
     model, rows = tiny_model(), talks((5, 9, 3, 12, 7))

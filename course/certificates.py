@@ -110,7 +110,7 @@ def exact_gradient() -> Figures:
     prompts, T = 0.7, several micro-batches; whole models and adapters on one base."""
     figures = {}
     for name, r in (("whole models", 0), ("adapters", 8)):
-        cfg = tree.config(lora_r=r, lam=1.0, whiten=False, ppo_epochs=1, micro_batch=100, grad_clip=0.0)
+        cfg = tree.config(lora_r=r, lam=1.0, whiten=False, ppo_epochs=1, micro_batch=250, grad_clip=0.0)
         with exact_arithmetic():
             roles, began = moved(double(tree.build(cfg))), time.process_time()
             exact, rows = tree.Exact(roles, cfg), tree.everything()
@@ -316,8 +316,9 @@ def losses() -> Figures:
     for sign, ratio in itertools.product((1.0, -1.0), (0.5, 0.9, 1.1, 1.5)):
         x = torch.tensor([[math.log(ratio), 9.0]], requires_grad=True)
         mask, old, target = torch.tensor([[1, 0]]), torch.tensor([[0.0, -7.0]]), torch.tensor([[sign, 5.0]])
-        loss, _ = ppo.policy_loss(x, old, target, mask, 0.2)
+        loss, stats = ppo.policy_loss(x, old, target, mask, 0.2)
         loss.backward()
+        assert not any(s.requires_grad for s in stats.values()), "a statistic of the policy loss keeps its graph"
         gained = (sign > 0 and ratio > 1.2) or (sign < 0 and ratio < 0.8)      # beyond the clip on the winning side
         wanted = -sign * min(max(ratio, 0.8), 1.2) if gained else -sign * ratio
         values.append(below(f"policy loss at A {sign}, ratio {ratio}", abs(loss.item() - wanted), 1e-6))
@@ -325,8 +326,9 @@ def losses() -> Figures:
         slopes.append(below("its slope", slope, 1e-6))
     for value, ret in itertools.product((0.1, 0.5, -0.1, -0.5), (1.0, -1.0)):
         v = torch.tensor([[value, 40.0]], requires_grad=True)
-        loss, _ = ppo.value_loss(v, torch.zeros(1, 2), torch.tensor([[ret, 9.0]]), torch.tensor([[1, 0]]), 0.2)
+        loss, stats = ppo.value_loss(v, torch.zeros(1, 2), torch.tensor([[ret, 9.0]]), torch.tensor([[1, 0]]), 0.2)
         loss.backward()
+        assert not any(s.requires_grad for s in stats.values()), "a statistic of the value loss keeps its graph"
         cut = max(-0.2, min(0.2, value))
         kept = (value - ret) ** 2 >= (cut - ret) ** 2
         wanted = 0.5 * max((value - ret) ** 2, (cut - ret) ** 2)

@@ -39,7 +39,7 @@ zoo: $(VENV)/core
 	$(PY) course/zoo.py
 
 mutants: $(VENV)/test
-	OMP_NUM_THREADS=1 $(PY) course/mutants.py --again
+	OMP_NUM_THREADS=1 $(PY) course/mutants.py
 
 ablate: $(VENV)/core
 	$(PY) course/ablate.py --on $(ON) --switch all --seeds 5 --out_dir docs/results/ablate

@@ -110,9 +110,9 @@ def exact_gradient() -> Figures:
     prompts, T = 0.7, several micro-batches; whole models and adapters on one base."""
     figures = {}
     for name, r in (("whole models", 0), ("adapters", 8)):
-        cfg = tree.config(lora_r=r, lam=1.0, whiten=False, ppo_epochs=1, micro_batch=100, grad_clip=0.0)
+        cfg = tree.config(lora_r=r, lam=1.0, whiten=False, ppo_epochs=1, micro_batch=250, grad_clip=0.0)
         with exact_arithmetic():
-            roles = moved(double(tree.build(cfg)))
+            roles, began = moved(double(tree.build(cfg))), time.process_time()
             exact, rows = tree.Exact(roles, cfg), tree.everything()
             ppo.score(roles, rows, cfg, tree.WORLD)
             _, _, advantages, returns = ppo.credit(rows, cfg, cfg.kl_coef)
@@ -130,7 +130,7 @@ def exact_gradient() -> Figures:
             got, got_value = gradients(roles, rows, advantages * log_p.detach().exp().view(-1, 1), returns, cfg)
         figures |= {f"{name}, policy": below(f"policy, {name}", distance(got, join(wanted)), 1e-8),
                     f"{name}, value": below(f"value, {name}", distance(got_value, join(wanted_value)), 1e-8),
-                    "probabilities": total}
+                    f"{name}, CPU seconds": time.process_time() - began, "probabilities": total}
     return figures
 
 
@@ -149,45 +149,83 @@ def per_token(roles: ppo.Roles, role: str, T: float) -> Tensor:
 
 # ---------------------------------------------------------------- KL
 
+def at_states(r: ppo.Rollout, cfg: ppo.Config) -> tuple[Tensor, Tensor, Tensor]:
+    """(484, R) number of the state in which each token was chosen, the logits of a policy that has moved and the
+    reference's log-probabilities there, (160, 4) each. A state is a prompt and the beginning of an answer."""
+    with exact_arithmetic():
+        roles = moved(double(tree.build(cfg)))
+        with torch.no_grad():
+            rows = [(model(r.ids, r.mask) / cfg.temperature)[:, -tree.R - 1:-1][r.response == 1]
+                    for model in (roles.policy, roles.reference)]
+    answers = [(k, *y) for k in range(4) for y in tree.answers()]
+    states = list(dict.fromkeys(y[:t] for y in answers for t in range(1, len(y))))
+    index = torch.tensor([[states.index(y[:t]) if t < len(y) else 0 for t in range(1, tree.R + 1)] for y in answers])
+    theta, ref = (x.new_zeros(len(states), 4).index_copy(0, index[r.response == 1], x) for x in rows)
+    return index, theta.requires_grad_(), ref.log_softmax(1)
+
+
+# What an independent program with random models of its own found on its tree.
+ELSEWHERE = {"k3 in the loss": 0.275, "k3 in the loss, 5 % off": 0.288, "k1 in the loss, 5 % off": 1.04,
+             "k3 in the reward": 0.52}
+
+
 def kl_estimators() -> Figures:
-    """Over all outcomes of a random pair of distributions, samples from the policy itself and from one 5 % away: the
-    mean of each estimator, and how far its gradient is from that of KL(policy || reference). On policy k1 and k3
-    average to KL; in the reward only k1 has its gradient; as a loss k1 has none, k2 = k1^2 / 2 the right one, k3
-    another. Off policy k1's is arbitrary, k2's a little off, and a ratio in front mends k2 and k3."""
-    theta = noise(4, 8).requires_grad_()
-    ref = (noise(4, 8) + 0.5 * noise(4, 8, seed=1)).log_softmax(1)
+    """How far the gradient of each estimator is from the exact one, by enumeration of the tree's 160 states, for the
+    logits of a policy that has moved. In the loss: against that of KL(policy || reference), states held fixed, for
+    samples of the policy and of one that is 5 % nearer to the reference. In the reward, through ppo.credit: against
+    that of J. On policy k1 and k3 average to KL; in the reward only k1 has the gradient; as a loss k1 has none,
+    k2 = k1^2 / 2 the right one, k3 another; off policy a ratio in front mends k2 and k3. What depends on how far the
+    policy has moved is within a tenth of ELSEWHERE with seed 0; with others k3 is 0.15 to 0.3 off in the loss and 0.4
+    to 1 in the reward. k2 off policy depends on the way it has moved: 0.02 here, 0.016 there."""
+    cfg, r = tree.config(lam=1.0, whiten=False), tree.everything()
+    index, theta, ref = at_states(r, cfg)
     logp = theta.log_softmax(1)
-    p = logp.exp().detach()
-    true_kl = (logp.exp() * (logp - ref)).sum()
-    exact = torch.autograd.grad(true_kl, theta, retain_graph=True)[0]
-    kinds = {"k1": lambda x: ppo.kl(x, ref, "k1"), "k2": lambda x: (x - ref) ** 2 / 2,
-             "k3": lambda x: ppo.kl(x, ref, "k3")}
 
-    def error(x: Tensor) -> float:
+    def taken(x: Tensor) -> Tensor:                                    # (160, 4) -> (484, R) of the tokens chosen
+        return x[index].gather(2, r.ids[:, -tree.R:, None]).squeeze(2) * r.response
+
+    def error(x: Tensor, wanted: Tensor) -> float:
         g = torch.autograd.grad(x, theta, retain_graph=True, allow_unused=True)[0]
-        return distance(torch.zeros_like(theta) if g is None else g, exact)
+        return distance(torch.zeros_like(theta) if g is None else g, wanted)
 
-    figures = {}
+    answers = taken(logp).sum(1).exp()
+    visits = (answers.detach()[:, None] * r.response).flatten()
+    reach = theta.new_zeros(len(theta)).index_add(0, index.flatten(), visits)[:, None]
+    p = (reach * logp.exp()).detach()                                  # of a state and what is done there
+    true_kl = (reach * logp.exp() * (logp - ref)).sum()
+    exact = torch.autograd.grad(true_kl, theta, retain_graph=True)[0]
+    estimate, figures = ppo.kl, {}
+    kinds = {"k1": lambda x, y: estimate(x, y, "k1"), "k2": lambda x, y: (x - y) ** 2 / 2,
+             "k3": lambda x, y: estimate(x, y, "k3")}
+    old = reach * theta.detach().lerp(ref, 0.05).softmax(1)
+    ratio = reach * logp.exp() / old                                    # new / old, with its gradient
     for name, kind in kinds.items():
-        loss = (p * kind(logp)).sum()                                  # samples are given: no gradient through p
-        figures[f"{name} in the loss"] = error(loss)
-        figures[f"{name} in the reward"] = error((p * kind(logp).detach() * logp).sum())       # the score function
+        loss = (p * kind(logp, ref)).sum()                             # samples are given: no gradient through p
+        figures[f"{name} in the loss"] = error(loss, exact)
+        figures[f"{name} in the loss, 5 % off"] = error((old * kind(logp, ref)).sum(), exact)
         if name != "k2":
             below(f"mean of {name}", abs(float((loss / true_kl).detach()) - 1), 1e-10)
-    away = noise(4, 8, seed=2)
-    ratio = 1 + 0.05 * (away - (p * away).sum(1, keepdim=True))        # old / new of each outcome; old sums to 1
-    old = p * ratio
+    figures["k3 times the ratio, 5 % off"] = error((old * ratio * kinds["k3"](logp, ref)).sum(), exact)
+    figures["k2 times the ratio, 5 % off"] = error((old * ratio.detach() * kinds["k2"](logp, ref)).sum(), exact)
+
+    r.logp, r.ref_logp, r.values = taken(logp).detach(), taken(ref), noise(len(theta))[index]  # any critic
+    r.scores = tree.gold(r.ids, r.mask, r.response).double()
+    pays = torch.where(r.ended, r.scores, tree.MISSING_END) - cfg.kl_coef * taken(logp - ref).sum(1)
+    wanted = torch.autograd.grad((answers * pays).sum(), theta, retain_graph=True)[0]
     for name, kind in kinds.items():
-        figures[f"{name} in the loss, 5 % off"] = error((old * kind(logp)).sum())
-    weight = logp.exp() / old                                          # new / old, with its gradient
-    figures["k3 times the ratio, 5 % off"] = error((old * weight * kinds["k3"](logp)).sum())
-    figures["k2 times the ratio, 5 % off"] = error((old * weight.detach() * kinds["k2"](logp)).sum())
+        ppo.kl = estimate if name == "k1" else kind                    # k1: credit chooses, and must choose that one
+        try:
+            _, _, advantages, _ = ppo.credit(r, cfg, cfg.kl_coef)
+        finally:
+            ppo.kl = estimate
+        figures[f"{name} in the reward"] = error((answers.detach()[:, None] * advantages * taken(logp)).sum(), wanted)
     for name, value in (("k1 in the reward", 0), ("k2 in the loss", 0), ("k1 in the loss", 1),
                         ("k3 times the ratio, 5 % off", 0), ("k2 times the ratio, 5 % off", 0)):
         below(f"gradient error of {name}", abs(figures[name] - value), 1e-9)
-    assert min(x for name, x in figures.items() if name.startswith("k3 in the")) > 0.1, figures
-    assert 0.001 < figures["k2 in the loss, 5 % off"] < 0.2 and figures["k1 in the loss, 5 % off"] > 0.5, figures
-    assert float(ppo.kl(logp, ref, "k3").detach().min()) >= 0
+    for name, value in ELSEWHERE.items():
+        below(f"{name} against another program", abs(figures[name] / value - 1), 0.1)
+    assert 0.001 < figures["k2 in the loss, 5 % off"] < 0.1, figures
+    assert float(estimate(logp, ref, "k3").detach().min()) >= 0
     return figures
 
 
@@ -274,31 +312,36 @@ def credit() -> Figures:
 def losses() -> Figures:
     """The clipped losses in all quadrants, value and slope by hand; padding in no loss and no slope; micro-batches of
     unequal length sum to the whole."""
+    values, slopes, sums = [], [], []
     for sign, ratio in itertools.product((1.0, -1.0), (0.5, 0.9, 1.1, 1.5)):
         x = torch.tensor([[math.log(ratio), 9.0]], requires_grad=True)
         mask, old, target = torch.tensor([[1, 0]]), torch.tensor([[0.0, -7.0]]), torch.tensor([[sign, 5.0]])
-        loss, _ = ppo.policy_loss(x, old, target, mask, 0.2)
+        loss, stats = ppo.policy_loss(x, old, target, mask, 0.2)
         loss.backward()
+        assert not any(s.requires_grad for s in stats.values()), "a statistic of the policy loss keeps its graph"
         gained = (sign > 0 and ratio > 1.2) or (sign < 0 and ratio < 0.8)      # beyond the clip on the winning side
         wanted = -sign * min(max(ratio, 0.8), 1.2) if gained else -sign * ratio
-        below(f"policy loss at A {sign}, ratio {ratio}", abs(loss.item() - wanted), 1e-6)
-        below("its slope", abs(x.grad[0, 0].item() - (0.0 if gained else wanted)) + abs(x.grad[0, 1].item()), 1e-6)
+        values.append(below(f"policy loss at A {sign}, ratio {ratio}", abs(loss.item() - wanted), 1e-6))
+        slope = abs(x.grad[0, 0].item() - (0.0 if gained else wanted)) + abs(x.grad[0, 1].item())
+        slopes.append(below("its slope", slope, 1e-6))
     for value, ret in itertools.product((0.1, 0.5, -0.1, -0.5), (1.0, -1.0)):
         v = torch.tensor([[value, 40.0]], requires_grad=True)
-        loss, _ = ppo.value_loss(v, torch.zeros(1, 2), torch.tensor([[ret, 9.0]]), torch.tensor([[1, 0]]), 0.2)
+        loss, stats = ppo.value_loss(v, torch.zeros(1, 2), torch.tensor([[ret, 9.0]]), torch.tensor([[1, 0]]), 0.2)
         loss.backward()
+        assert not any(s.requires_grad for s in stats.values()), "a statistic of the value loss keeps its graph"
         cut = max(-0.2, min(0.2, value))
         kept = (value - ret) ** 2 >= (cut - ret) ** 2
-        below(f"value loss at V {value}, R {ret}", abs(loss.item() - 0.5 * max((value - ret) ** 2, (cut - ret) ** 2)),
-              1e-6)
-        below("its slope", abs(v.grad[0, 0].item() - (value - ret if kept else 0.0)) + abs(v.grad[0, 1].item()), 1e-6)
+        wanted = 0.5 * max((value - ret) ** 2, (cut - ret) ** 2)
+        values.append(below(f"value loss at V {value}, R {ret}", abs(loss.item() - wanted), 1e-6))
+        slope = abs(v.grad[0, 0].item() - (value - ret if kept else 0.0)) + abs(v.grad[0, 1].item())
+        slopes.append(below("its slope", slope, 1e-6))
     mask = torch.tensor([[int(t < n) for t in range(5)] for n in (5, 1, 3, 2)])
     x, old, target = (noise(4, 5, seed=s) * 0.3 for s in range(3))
     for fn in (ppo.policy_loss, ppo.value_loss):
         whole = fn(x, old, target, mask, 0.2)[0]
         parts = sum(fn(x[i:i + 2], old[i:i + 2], target[i:i + 2], mask[i:i + 2], 0.2, 11)[0] for i in (0, 2))
-        below("micro-batches against the whole", abs(float(parts - whole)), 1e-9)
-    return {"cases": 16}
+        sums.append(below("micro-batches against the whole", abs(float(parts - whole)), 1e-9))
+    return {"largest difference of a loss": max(values), "of a slope": max(slopes), "of a sum": max(sums)}
 
 
 # ---------------------------------------------------------------- four roles, one sampler
@@ -489,18 +532,21 @@ def reward_model() -> Figures:
     lora.apply(body, 4, 8.0, name="reward")
     judge = tree.teach(RewardModel(body, "reward"), 1, steps=2)
     rows = [[1, 2, 0], [3, 1, 1, 2, 0], [2, 0], [1, 3, 2, 1, 0]]
+    figures = {"padding": 0.0}
     with torch.no_grad():
         alone = torch.cat([judge(torch.tensor([row])) for row in rows])
         for side, more in itertools.product(("left", "right"), (0, 3)):
             ids, mask = data_batch.pad([*rows, [1] * (5 + more)], 3, side=side)          # padded with letters
-            below(f"score, padded on the {side}", float((judge(ids, mask)[:4] - alone).abs().max()), 1e-5)
+            gap = float((judge(ids, mask)[:4] - alone).abs().max())
+            figures["padding"] = max(figures["padding"], below(f"score, padded on the {side}", gap, 1e-5))
         scores = noise(3, 4)
         by_hand = sum(math.log1p(math.exp(float(s[j] - s[i]))) for s in scores for i in range(4)
                       for j in range(i + 1, 4))
-        below("K = 4 against its pairs", abs(float(reward_stage.ranking_loss(scores)) - by_hand / 18), 1e-6)
+        figures["K = 4"] = below("K = 4 against its pairs",
+                                 abs(float(reward_stage.ranking_loss(scores)) - by_hand / 18), 1e-6)
         total, _ = reward_stage.group_loss(torch.cat((scores[0], scores[1, :2])), [4, 2])
         parts = reward_stage.ranking_loss(scores[:1]) + reward_stage.ranking_loss(scores[1:2, :2])
-        below("groups of unequal size", abs(float(total - parts)), 1e-9)
+        figures["unequal groups"] = below("groups of unequal size", abs(float(total - parts)), 1e-9)
     far = torch.tensor([1e4, -1e4], requires_grad=True)
     reward_stage.pair_loss(far[:1], far[1:]).backward()
     reward_stage.pair_loss(far[1:], far[:1]).backward()
@@ -510,12 +556,13 @@ def reward_model() -> Figures:
         before = judge(everything.ids, everything.mask)
         judge.normalize(before)
         after = judge(everything.ids, everything.mask)
-        below("mean after normalising", abs(float(after.mean())), 1e-4)
-        below("std after normalising - 1", abs(float(after.std()) - 1), 1e-4)
+        figures["mean"] = below("mean after normalising", abs(float(after.mean())), 1e-4)
+        figures["std - 1"] = below("std after normalising - 1", abs(float(after.std()) - 1), 1e-4)
         reward_stage.save(judge, None, Path(folder), base="base")
         again = reward_stage.load(folder, base=tree.network(1))
-        below("saved and loaded", float((again(everything.ids, everything.mask) - after).abs().max()), 0.0)
-    return {"padding": 1e-5}
+        gap = float((again(everything.ids, everything.mask) - after).abs().max())
+        figures["saved and loaded"] = below("saved and loaded", gap, 0.0)
+    return figures
 
 
 FAST: dict[str, Callable[[], Figures]] = {

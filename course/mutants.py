@@ -1,45 +1,39 @@
 """Mutation testing of the maths: every small change of these functions must turn a certificate or a test red.
 
-One mutant is one change: an operator swapped or one side of it dropped, a constant moved, a comparison turned, a
-condition negated, a statement deleted, two arguments exchanged, min and max exchanged. A mutant is first put in the
-place of the function and judged by the cheapest certificates; one that survives them is written into a copy of the
-repository, where the tests of its file run, and then judged by the other certificates. What survives all of them is
-listed; it must be explained or killed.
+One mutant is one change: an operator swapped or one side of it dropped, a constant or a default moved, a comparison
+turned, a condition negated or taken for granted, a statement, a loop, a return or a `with` deleted, two arguments
+exchanged, min and max exchanged. A mutant is first put in the place of the function and judged by the cheapest
+certificates; one that survives them is written into a copy of the repository, where the tests of its file run, and then
+judged by the other certificates. All of them must be green with the function unchanged. What survives is listed; it
+must be explained or killed.
 
     python course/mutants.py                   # -> docs/results/mutants.json, mutants.md   (an hour; make mutants)
-    python course/mutants.py --only gae,whiten
+    python course/mutants.py --only ppo.gae,ppo.whiten         # anew; the others keep their record
 """
 import ast
 import copy
+import functools
 import inspect
-import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
-import time
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
-from course import certificates  # noqa: E402
+from course import certificates, record  # noqa: E402
 from data import batch as data_batch  # noqa: E402
 from data import chat  # noqa: E402
 
+ROOT = record.ROOT
 TARGETS = [(ppo, name) for name in (
     "gae", "policy_loss", "value_loss", "whiten", "kl", "AdaptiveKL.update", "logprobs", "token_logprobs",
     "response_mask", "final_scores", "token_rewards", "credit", "response_values", "policy_logprobs", "cut")]
@@ -66,8 +60,7 @@ EXPLAINED: dict[str, str] = {
 @dataclass
 class Config:
     # --- mutants ---
-    only: tuple[str, ...] = ()         # functions, anew; empty: all that mutants.json does not hold yet
-    again: bool = False                # all of them anew
+    only: tuple[str, ...] = ()         # functions; empty: all
     workers: int = 0                   # mutants at a time; 0: as many as there are cores
     out_dir: str = str(ROOT / "docs" / "results")
 
@@ -103,8 +96,14 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.Constant(node.value * 2 + 0.1)
     elif isinstance(node, ast.IfExp):
         yield ast.IfExp(node.test, node.orelse, node.body)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+        yield from node.values
     elif isinstance(node, ast.If):
-        yield ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
+        for test in (ast.UnaryOp(ast.Not(), node.test), ast.Constant(True), ast.Constant(False)):
+            yield ast.If(test, node.body, node.orelse)
+    elif isinstance(node, ast.With):
+        yield ast.If(ast.Constant(True), node.body, [])
     elif isinstance(node, ast.Attribute) and node.attr in NAMES:
         yield ast.Attribute(node.value, NAMES[node.attr], node.ctx)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMES:
@@ -114,7 +113,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             args = list(node.args)
             args[i], args[i + 1] = args[i + 1], args[i]
             yield ast.Call(node.func, args, node.keywords)
-    elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)) and not is_docstring(node):
+    elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.For, ast.Raise)):
         yield ast.Pass()
 
 
@@ -123,16 +122,18 @@ def is_docstring(node: ast.AST) -> bool:
 
 
 def mutants(source: str) -> Iterator[tuple[str, str]]:
-    """(what was changed, the changed function) for every mutant that compiles and differs. Types, defaults and
-    docstrings are left alone."""
+    """(what was changed, the changed function) for every mutant that compiles and differs. Types, the words of errors
+    and docstrings are left alone. A default that is a word becomes one of those that the function asks for."""
     tree = ast.parse(textwrap.dedent(source))
-    plain, seen = ast.unparse(tree), set()
-    kept = {id(n) for part in [tree.body[0].args, *filter(None, [tree.body[0].returns]),
+    plain, seen, args = ast.unparse(tree), set(), tree.body[0].args
+    kept = {id(n) for part in [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [tree.body[0].returns]),
                                *(n.exc for n in ast.walk(tree) if isinstance(n, ast.Raise) and n.exc)]
             for n in ast.walk(part)}
-    nodes = [n for n in ast.walk(tree) if id(n) not in kept and not is_docstring(n)]
-    for node in nodes:
-        for other in variants(node):
+    asked = {n.value: n for c in ast.walk(tree) if isinstance(c, ast.Compare) for n in ast.walk(c)
+             if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    words = {id(n) for n in args.defaults if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for node in (n for n in ast.walk(tree) if id(n) not in kept and not is_docstring(n)):
+        for other in (asked.values() if id(node) in words else variants(node)):
             class Swap(ast.NodeTransformer):
                 def visit(self, current, node=node, other=other):
                     return other if current is node else self.generic_visit(current)
@@ -161,8 +162,7 @@ def by_certificates(module, name: str, text: str, names_of: list[str]) -> str:
     real, names = vars(owner)[attribute], dict(vars(module))
     exec(compile(text, f"<mutant of {name}>", "exec"), names)
     function = names[attribute]
-    mutant = type(function)(function.__code__, vars(module), attribute, real.__defaults__)
-    mutant.__kwdefaults__ = real.__kwdefaults__
+    mutant = type(function)(function.__code__, vars(module), attribute, function.__defaults__)
     setattr(owner, attribute, mutant)
     try:
         for title in names_of:
@@ -175,92 +175,108 @@ def by_certificates(module, name: str, text: str, names_of: list[str]) -> str:
     return ""
 
 
-def by_tests(module, source: str, text: str) -> str:
-    """The first test that fails with the mutant in a copy of the repository, or ''."""
+def by_tests(module, text: str) -> str:
+    """The first test that fails with this text as the module, in a copy of the repository, or ''."""
     file = Path(module.__file__).relative_to(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / "copy"
         shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "docs", "demo"))
-        indent = source[:len(source) - len(source.lstrip())]
-        whole = (ROOT / file).read_text(encoding="utf-8")
-        assert source in whole
-        (copied / file).write_text(whole.replace(source, textwrap.indent(text, indent) + "\n"), encoding="utf-8")
+        (copied / file).write_text(text, encoding="utf-8")
         slow = "tests/test_ppo.py::test_it_learns_to_write_a_token"        # no proof of a detail, and it takes long
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--deselect", slow, *TESTS[module.__name__]]
-        done = subprocess.run(command, cwd=copied, capture_output=True, text=True, encoding="utf-8", timeout=900)
+        try:
+            done = subprocess.run(command, cwd=copied, capture_output=True, text=True, encoding="utf-8", timeout=900)
+        except subprocess.TimeoutExpired:
+            return "time"
         failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         return failed[0].split(" - ")[0].split("::")[-1] if failed else ("" if done.returncode == 0 else "crash")
 
 
+@functools.cache
+def sound(module) -> str:
+    """The text of the module, if its tests pass in a copy as it is."""
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    assert not (red := by_tests(module, text)), f"{red} of {TESTS[module.__name__]} fails without any change"
+    return text
+
+
+@functools.cache
+def accepted(module, name: str, source: str) -> None:
+    """The function itself, compiled as its mutants are, passes all certificates."""
+    red = by_certificates(module, name, ast.unparse(ast.parse(textwrap.dedent(source))), list(certificates.FAST))
+    assert not red, f"{red} fails with {name} as it is"
+
+
 # ---------------------------------------------------------------- the run
 
-def judge(module_name: str, name: str, source: str, text: str) -> str:
+def judge(module_name: str, name: str, source: str, what: str, text: str) -> dict[str, str]:
     """Who kills this mutant, or ''. In a process of its own: certificates look at the module in place."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     module = sys.modules[module_name]
-    return (by_certificates(module, name, text, list(CHEAP)) or by_tests(module, source, text) or
-            by_certificates(module, name, text, [c for c in certificates.FAST if c not in CHEAP]))
+    accepted(module, name, source)
+    killer = by_certificates(module, name, text, list(CHEAP))
+    if not killer:
+        assert source in (whole := sound(module)), f"{name} is not in {module.__file__} as it was read"
+        indent = source[:len(source) - len(source.lstrip())]
+        killer = by_tests(module, whole.replace(source, textwrap.indent(text, indent) + "\n"))
+    dear = [title for title in certificates.FAST if title not in CHEAP]
+    return {"change": what, "killed by": killer or by_certificates(module, name, text, dear)}
 
 
-def measure(cfg: Config, file: Path, pool: ProcessPoolExecutor) -> list[dict]:
-    """Function by function, kept in the file; what is in it is not run again, unless --only names it."""
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not cfg.again else []
-    rows = [row for row in rows if row["name"] not in cfg.only]
+def parts() -> dict[str, list]:
+    """{function: its mutants}"""
+    found = {}
     for module, name in TARGETS:
-        if (cfg.only and name not in cfg.only) or any(r["function"] == f"{module.__name__}.{name}" for r in rows):
-            continue
         owner = getattr(module, name.split(".")[0])
         source = inspect.getsource(getattr(owner, name.split(".")[1]) if "." in name else owner)
         source = source[source.index("def "):] if not source.startswith(" ") else source
-        found = [(what, pool.submit(judge, module.__name__, name, source, text)) for what, text in mutants(source)]
-        for what, killer in found:
-            rows.append({"function": f"{module.__name__}.{name}", "name": name, "change": what,
-                         "killed by": killer.result()})
-        mine = [row for row in rows if row["function"] == f"{module.__name__}.{name}"]
-        print(f"{name:20} {sum(bool(r['killed by']) for r in mine):3} of {len(mine):3} killed", flush=True)
-        common.atomic_write(file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        for row in mine:
-            if not row["killed by"]:
-                print(f"    survives: {row['change']}", flush=True)
-    return rows
+        found[f"{module.__name__}.{name}"] = [(judge, (module.__name__, name, source, *mutant))
+                                              for mutant in mutants(source)]
+    return found
 
 
 NONE = "**unexplained**"
 
 
-def explanation(row: dict) -> str:
+def explanation(function: str, change: str) -> str:
     """By function and change; the line may move."""
-    return EXPLAINED.get(f"{row['function']}: {row['change'].split(': ', 1)[1]}", NONE)
+    return EXPLAINED.get(f"{function}: {change.split(': ', 1)[1]}", NONE)
 
 
-def table(rows: list[dict], note: str) -> str:
-    lines = ["# Mutants of the maths", "", note, "", "| function | mutants | by certificates | by tests | survive |",
-             "|---|---|---|---|---|"]
-    for name in dict.fromkeys(row["function"] for row in rows):
-        mine = [row["killed by"] for row in rows if row["function"] == name]
-        certified = sum(k in certificates.FAST for k in mine)
-        lines.append(f"| `{name}` | {len(mine)} | {certified} | {sum(map(bool, mine)) - certified} | "
-                     f"{mine.count('')} |")
+def survivors(recorded: dict) -> list[tuple[str, str]]:
+    return [(name, r["change"]) for name, part in recorded.items() for r in part["rows"] if not r["killed by"]]
+
+
+def share(recorded: dict) -> tuple[int, int]:
+    rows = [r for part in recorded.values() for r in part["rows"]]
+    return sum(bool(r["killed by"]) for r in rows), len(rows)
+
+
+def table(recorded: dict) -> str:
+    killed, total = share(recorded)
+    lines = ["# Mutants of the maths", "", f"Made by `make mutants`: {killed} of {total} mutants killed "
+             f"({killed / total:.1%}).", "",
+             "| function | mutants | by certificates | by tests | survive | date, code |",
+             "|---|---|---|---|---|---|"]
+    for name, part in recorded.items():
+        killers = [r["killed by"] for r in part["rows"]]
+        certified = sum(k in certificates.FAST for k in killers)
+        lines.append(f"| `{name}` | {len(killers)} | {certified} | {sum(map(bool, killers)) - certified} | "
+                     f"{killers.count('')} | {part['date']}, {part['code']} |")
     lines += ["", "| survivor | why |", "|---|---|"]
-    for row in rows:
-        if not row["killed by"]:
-            key = f"{row['function']}: {row['change']}".replace("|", "\\|")
-            lines.append(f"| {key} | {explanation(row)} |")
+    for name, change in survivors(recorded):
+        key = f"{name}: {change}".replace("|", "\\|")
+        lines.append(f"| {key} | {explanation(name, change)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(cfg: Config) -> bool:
-    warnings.simplefilter("ignore")
-    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(cfg.workers or os.cpu_count() or 1, get_context("spawn")) as pool:
-        rows = measure(cfg, Path(cfg.out_dir) / "mutants.json", pool)
-    killed = sum(bool(row["killed by"]) for row in rows)
-    free = [row for row in rows if not row["killed by"] and explanation(row) == NONE]
-    note = (f"Made by `python course/mutants.py`, {time.strftime('%Y-%m-%d')}: {killed} of {len(rows)} mutants killed "
-            f"({killed / len(rows):.1%}).")
-    common.atomic_write(Path(cfg.out_dir) / "mutants.md", table(rows, note))
-    return common.gate("mutants", [("95 % killed", killed >= 0.95 * len(rows), f"{killed} of {len(rows)}"),
+    file = Path(cfg.out_dir) / "mutants.json"
+    made_by = record.stamp(*sorted((ROOT / "tests").glob("*.py")))
+    fresh, recorded = record.run(file, parts(), cfg.only, cfg.workers, made_by)
+    common.atomic_write(file.with_suffix(".md"), table(recorded))
+    killed, total = share(fresh)
+    free = [change for change in survivors(fresh) if explanation(*change) == NONE]
+    return common.gate("mutants", [("95 % killed", killed >= 0.95 * total, f"{killed} of {total}"),
                                    ("survivors explained", not free, f"{len(free)} are not")])
 
 

@@ -197,6 +197,16 @@ def test_a_sampler_may_be_as_far_off_as_its_arithmetic_makes_it(settings, health
     assert causes([1e-7] * 5 + [3 * healthy] * 5) == ["stale_sampler"]
 
 
+@pytest.mark.parametrize("change, said", [({}, False), ({"policy/surrogate_avg": [0.08, 0.3]}, True),
+                                          ({"val/error_avg": [0.9, 1.0]}, True),
+                                          ({"val/error_avg": [1.1, 1.0]}, False)])
+def test_without_a_clipped_token_the_loss_is_the_logged_mean(change, said):
+    """The second update clips and may differ; an error above twice the loss is a mistake of the clip."""
+    log = {"loss/policy_avg": [-0.1, -0.1], "policy/surrogate_avg": [0.1, 0.3], "policy/clipfrac_avg": [0.0, 0.2],
+           "loss/value_avg": [0.5, 0.9], "val/error_avg": [1.0, 1.0], "val/clipfrac_avg": [0.0, 0.3]}
+    assert bool(check.means_hold_padding(log | change, {})) == said
+
+
 def test_a_value_without_variance_to_explain_is_no_failure():
     """Once all answers are paid alike the explained variance is any number; then the error has fallen."""
     log = {"val/explained_variance": [-5.0] * 20, "val/error_avg": [1.0] * 20}

@@ -237,10 +237,11 @@ def measured(sign: bugs.Sign, curves: list[Curve], sound: list[Curve]) -> str:
 
 def table(result: dict) -> str:
     """zoo.md: what catches each bug, what its curve and its log show, how to recognise it, what is not here."""
-    lines = ["# The bug zoo", "", f"Made by `{result['command']}`, {result['date']}, commit {result['git'][:7]}, torch "
-             f"{result['torch']}. Regret is (J* - J) / (J* - J of the reference) by enumeration, after "
-             f"{result['steps']} updates of {result['batch_size']} answers; accuracy and loss are against the true "
-             f"reward and by plain log-softmax. Seeds {', '.join(map(str, result['seeds']))}.", "",
+    lines = ["# The bug zoo", "", f"Made by `{result['command']}`, {result['date']}, commit "
+             f"{result['git'][:7]}{result['git'][40:]}, torch {result['torch']}. Regret is (J* - J) / "
+             f"(J* - J of the reference) by enumeration, after {result['steps']} updates of {result['batch_size']} "
+             "answers; accuracy and loss are against the true reward and by plain log-softmax. Seeds "
+             f"{', '.join(map(str, result['seeds']))}.", "",
              '"Curve" looks at this one true figure at the end of these short runs: "shows it" where every seed ends '
              "outside the range of the sound runs of the same seeds, widened on either side by half of that range and "
              '0.002; else "looks sound". It says nothing of longer runs. The symptom is what the log shows, over the '

@@ -485,8 +485,8 @@ def zoo_table(result: dict) -> str:
              f"{result['git'][:7]}{result['git'][40:]}, torch {result['torch']}, seeds "
              f"{', '.join(map(str, result['seeds']))}; rules and symptoms were written with other "
              "seeds (docs/results/zoo.md). Exact: the first cause given is for this bug alone. Family: it stands for "
-             'several bugs whose logs look alike, and this is one of them. "Curve" as in zoo.md; "symptom" says whether '
-             "that of zoo.md holds in these runs too. Sound runs of other tasks are the folders that were named behind "
+             'several bugs whose logs look alike, and this is one of them. "Curve" as in zoo.md; "symptom": whether '
+             "that of zoo.md holds here too. Sound runs of other tasks are the folders that were named behind "
              "--zoo FILE.", "",
              f"| bugs | runs | {' | '.join(OUTCOMES)} |", f"|---|---|{'---|' * len(OUTCOMES)}"]
     for title, some in (("whose curve shows it", [v for v in verdicts if v.shows]),

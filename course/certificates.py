@@ -565,10 +565,103 @@ def reward_model() -> Figures:
     return figures
 
 
+# ---------------------------------------------------------------- masks, one step of each stage, the log
+
+def masks() -> Figures:
+    """Every row of four tokens: an answer is all up to its first end token, which belongs to it, also where that comes
+    at once; the last real token is found with padding on either side."""
+    rows = list(itertools.product(range(4), repeat=4))
+    wanted = [[int(tree.END not in row[:t]) for t in range(4)] for row in rows]
+    found = ppo.response_mask(torch.tensor(rows), tree.TOKENIZER.eos_ids).tolist()
+    wrong = [(row, got) for row, got, right in zip(rows, found, wanted) if got != right]
+    assert not wrong, f"the mask of {wrong[0][0]} is {wrong[0][1]}"
+    padded = [[0] * a + [1] * n + [0] * (5 - a - n) for n in range(1, 6) for a in range(6 - n)]
+    last = reward_stage.last_real(torch.tensor(padded)).tolist()
+    assert last == [max(t for t in range(5) if row[t]) for row in padded], f"last real tokens {last} of {padded}"
+    return {"rows": len(rows) + len(padded)}
+
+
+def one_step() -> Figures:
+    """sft.improve and reward.improve with rate 1 move the weights by the gradient of the loss written out over single,
+    unpadded sequences, with micro-batches of 1, 2 and all: every supervised token weighs the same, and so does every
+    prompt; a reward is read at the last token and nowhere else."""
+    answers = [[1, 2, 3, 0], [2, 2, 1, 3, 1, 0], [3, 1, 0], [1, 1, 1, 2, 0], [2, 3, 0]]
+    rows = [{"ids": ids, "mask": [0, *[1] * (len(ids) - 1)]} for ids in answers]
+    groups, figures = [{"sequences": answers[:3]}, {"sequences": answers[3:]}], {}
+    with exact_arithmetic():
+        for stage, settings, items in (("sft", sft.Config, rows), ("reward", reward_stage.Config, groups)):
+            net = tree.network(0).double()
+            judge = RewardModel(net).double()
+            if stage == "sft":
+                log_p = [net(torch.tensor([ids])).log_softmax(-1)[0] for ids in answers]
+                each = [-row[t - 1, ids[t]] for row, ids in zip(log_p, answers) for t in range(1, len(ids))]
+            else:
+                net.lm_head.requires_grad_(False)
+                said = [[judge.head(net.hidden(torch.tensor([ids])))[0, -1, 0] for ids in group["sequences"]]
+                        for group in groups]
+                pairs = [[(a - b).neg().exp().log1p() for i, a in enumerate(s) for b in s[i + 1:]] for s in said]
+                each = [sum(p) / len(p) for p in pairs]
+            params = [p for p in (net if stage == "sft" else judge).parameters() if p.requires_grad]
+            wanted = join(torch.autograd.grad(sum(each) / len(each), params))
+            before, optimizer = [p.detach().clone() for p in params], torch.optim.SGD(params, lr=1.0)
+            for n in (1, 2, len(items)):
+                cfg = settings(micro_batch=n, lora_r=0, grad_clip=0.0)
+                improve, model = (sft.improve, net) if stage == "sft" else (reward_stage.improve, judge)
+                improve(model, items, optimizer, tree.TOKENIZER, cfg, tree.WORLD, 1)
+                got = join([old - p.detach() for old, p in zip(before, params)])
+                figures[f"{stage}, {n}"] = below(f"a step of {stage}.py with micro-batches of {n}",
+                                                 distance(got, wanted), 1e-9)
+                with torch.no_grad():
+                    for old, p in zip(before, params):
+                        p.copy_(old)
+    return figures
+
+
+def logged() -> Figures:
+    """What is logged of an update, in plain loops over real tokens: padding is in no mean, and of parts of unequal
+    length the means are those of the whole. KL and entropy come from plain logits, of a policy that holds still."""
+    lengths = (5, 1, 3, 2)
+    mask = torch.tensor([[int(t < n) for t in range(5)] for n in lengths])
+    x, old, target = (noise(4, 5, seed=s) * 0.3 for s in range(3))
+    tokens, worst = [(b, t) for b, n in enumerate(lengths) for t in range(n)], 0.0
+    by_hand = {ppo.policy_loss: {}, ppo.value_loss: {}}
+    for at in tokens:
+        gap, A, V, V_old, R = *(float(y[at]) for y in (x - old, target, x, old, target)),
+        near, ratio = V_old + min(max(V - V_old, -0.2), 0.2), math.exp(gap)
+        for fn, found in ((ppo.policy_loss, {"ratio": ratio, "ratio_sq": ratio ** 2, "approxkl": gap ** 2 / 2,
+                                             "clipfrac": abs(ratio - 1) > 0.2, "surrogate": A * ratio}),
+                          (ppo.value_loss, {"clipfrac": (near - R) ** 2 > (V - R) ** 2, "error": (V - R) ** 2})):
+            for name, y in found.items():
+                by_hand[fn][name] = by_hand[fn].get(name, 0.0) + y / len(tokens)
+    for fn, wanted in by_hand.items():
+        parts = [fn(x[i:i + 2], old[i:i + 2], target[i:i + 2], mask[i:i + 2], 0.2, 11)[1] for i in (0, 2)]
+        for name, y in wanted.items():
+            worst = max(worst, below(f"logged {name}", abs(float(sum(part[name] for part in parts)) - y), 1e-6))
+
+    cfg = tree.config(lora_r=8, batch_size=32, micro_batch=32, value_warmup=1)
+    roles = moved(tree.build(cfg))
+    r, found = ppo.improve(roles, ppo.start(roles, cfg, tree.WORLD), [{"ids": p} for p in tree.PROMPTS * 8],
+                           tree.TOKENIZER, cfg, tree.WORLD, 0)
+    with torch.no_grad():
+        with lora.use(roles.policy, roles.adapter):
+            log_p = (roles.policy(r.ids, r.mask) / cfg.temperature).log_softmax(-1)
+        ref = (roles.reference(r.ids, r.mask) / cfg.temperature).log_softmax(-1)
+    names = ("objective/kl", "objective/kl_k3", "objective/entropy", "val/response_length")
+    P, sums = r.ids.shape[1] - r.R, dict.fromkeys(names, 0.0)
+    for b, t in r.response.nonzero().tolist():
+        p, q = log_p[b, P + t - 1], ref[b, P + t - 1]
+        gap = float((p - q)[r.ids[b, P + t]])
+        for name, y in zip(names, (gap, math.expm1(-gap) + gap, float(-(p.exp() * p).sum()), 1.0)):
+            sums[name] += y / 32
+    sums["policy/entropy_avg"] = sums["objective/entropy"] / sums["val/response_length"]
+    return {"figures": 7 + len(sums), "largest difference": max(worst, *(
+        below(f"logged {name}", abs(found[name] - y), 1e-4) for name, y in sums.items()))}
+
+
 FAST: dict[str, Callable[[], Figures]] = {
-    "losses": losses, "credit": credit, "KL estimators": kl_estimators, "adaptive KL": adaptive_kl,
+    "masks": masks, "losses": losses, "credit": credit, "KL estimators": kl_estimators, "adaptive KL": adaptive_kl,
     "fine-tuning": fine_tuning, "reward model": reward_model, "sampling": sampling, "start": start, "roles": roles,
-    "exact gradient": exact_gradient, "pipeline": pipeline}
+    "exact gradient": exact_gradient, "pipeline": pipeline, "one step": one_step, "log": logged}
 
 
 if __name__ == "__main__":

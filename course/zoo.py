@@ -2,11 +2,12 @@
 
 The table says which certificate catches which bug; a bug that none catches would be a hole in the proof. The curves say
 how much one would have seen without certificates: of PPO on the tree (course/tree.py) the exact regret, of the reward
-model its accuracy, of fine-tuning the loss, with the range of the sound runs behind them.
+model its accuracy, of fine-tuning the loss, with the range of the sound runs behind them. What the log shows of each is
+said in course/bugs.py and measured here.
 
     python course/zoo.py               # -> docs/results/zoo.json, zoo.md, zoo.svg      (make zoo)
     python course/zoo.py --draw        # table and figure again from zoo.json
-    python course/zoo.py --no_certificates --seeds 3,4,5 --name zoo_check      # only logs, to judge check.py with
+    python course/zoo.py --no_certificates --seeds 6,7,8 --name zoo_check      # only logs, to judge check.py with
     python course/check.py --zoo docs/results/zoo_check.json                   # -> docs/results/zoo_check.md
 """
 import contextlib
@@ -33,7 +34,7 @@ from reward import RewardModel  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 # Bugs that need a certain setting to show; the sound run beside them has it too.
-SETTINGS = {"adaptive_kl_inverted": {"kl_target": 1.0, "kl_horizon": 1000, "kl_coef": 0.1},
+SETTINGS = {"adaptive_kl_inverted": {"kl_target": 1.0, "kl_horizon": 100, "kl_coef": 0.1},
             "merge_by_subtraction": {"lora_r": 8, "merge": True, "lr": 3e-3, "value_lr": 3e-3},
             "norms_left_trainable": {"lora_r": 8, "lr": 3e-3, "value_lr": 3e-3},
             "mean_of_means": {"micro_batch": 16}}
@@ -48,7 +49,7 @@ class Config:
     out_dir: str = str(RESULTS)
     only: tuple[str, ...] = ()         # bugs; empty: all
     curves: bool = True                # false: only what catches which, in half of the time
-    certificates: bool = True          # false: only the curves; what is known of the certificates stays
+    certificates: bool = True          # false: only the curves
     name: str = "zoo"                  # of the files in out_dir
     resume: bool = False               # keep the bugs that zoo.json holds already
     draw: bool = False                 # only draw again what zoo.json holds
@@ -56,22 +57,33 @@ class Config:
 
 # ---------------------------------------------------------------- curves
 
-def ppo_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
-    """The log of ppo.py, every fifth update with the exact figures."""
+Curve = list[dict[str, list]]          # tables {"step": [...], metric: [...]}, one for each set of steps
+
+
+def ppo_curve(cfg: Config, seed: int, settings: dict) -> Curve:
+    """The log of ppo.py, every other update with the exact figures."""
     settings = {"micro_batch": cfg.batch_size, **settings}
     run = tree.config(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, **settings)
-    rows = tree.train(tree.build(run), run, every=2)
-    return columns(rows)
+    return tables(tree.train(tree.build(run), run, every=2))
 
 
-def columns(rows: list[dict]) -> dict[str, list]:
-    """Rows of a log as {metric: [[step, value], ...]}; what depends on the machine is left out."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [[row["step"], round(float(row[name]), 6)] for row in rows if name in row] for name in names
-            if name not in ("step", "lr", "tokens_per_sec") and not name.startswith("time/")}
+def tables(rows: list[dict]) -> Curve:
+    """Rows of a log, in six digits; what depends on the machine is left out."""
+    found: dict[tuple, dict[str, list]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name not in ("step", "lr", "tokens_per_sec") and not name.startswith("time/"):
+            having = [row for row in rows if name in row]
+            steps = tuple(row["step"] for row in having)
+            found.setdefault(steps, {})[name] = [float(f"{round(row[name], 6):.6g}") for row in having]
+    return [{"step": list(steps), **table} for steps, table in found.items()]
 
 
-def reward_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
+def points(curve: Curve, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric; a run that crashed has none."""
+    return next((list(zip(table["step"], table[name])) for table in curve if name in table), [])
+
+
+def reward_curve(cfg: Config, seed: int, settings: dict) -> Curve:
     """What reward.py logs, and the accuracy against the true reward of the model as it comes back from its file."""
     truth, rows = tree.Exact(tree.build(tree.config(seed=seed)), tree.config(seed=seed)).gold.flatten(), []
     r, run = tree.everything(), reward_stage.Config(micro_batch=16)
@@ -90,10 +102,10 @@ def reward_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
         figures |= reward_stage.evaluate(judge, held, tree.TOKENIZER, run, tree.WORLD)
         figures["exact/accuracy"] = float((scores[better[:, 0]] > scores[better[:, 1]]).float().mean())
         rows.append({"step": steps, **figures})
-    return columns(log) | columns(rows)
+    return tables(log) + tables(rows)
 
 
-def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
+def sft_curve(cfg: Config, seed: int, settings: dict) -> Curve:
     """What sft.py logs of answers drawn from the optimal policy of beta 1, and their held-out loss per supervised token
     by plain log-softmax."""
     exact = tree.Exact(tree.build(tree.config(seed=seed)), tree.config(seed=seed))
@@ -120,14 +132,15 @@ def sft_curve(cfg: Config, seed: int, settings: dict) -> dict[str, list]:
             log[0]["eval/packing_gap"] = sft.packing_gap(net, train[:4], tree.TOKENIZER, run, tree.WORLD)
         log.append({"step": step + 1,
                     **sft.improve(net, batches.next(), optimizer, tree.TOKENIZER, run, tree.WORLD, step)})
-    return columns(log)
+    return tables(log)
 
 
 CURVES = {"ppo": ppo_curve, "reward": reward_curve, "sft": sft_curve}
-SHOWN = {"ppo": "exact/regret", "reward": "exact/accuracy", "sft": "exact/loss"}       # how good it is in truth
+SHOWN = {"ppo": "exact/regret", "reward": "exact/accuracy", "sft": "exact/loss",       # how good it is in truth
+         "adaptive_kl_inverted": "exact/kl"}                   # and whether beta holds KL at its target
 
 
-def curves(cfg: Config, stage: str, settings: dict, name: str | None) -> list[dict]:
+def curves(cfg: Config, stage: str, settings: dict, name: str | None) -> list[Curve]:
     """One per seed; a run that crashes is a curve that ends."""
     found = []
     for seed in cfg.seeds:
@@ -135,7 +148,7 @@ def curves(cfg: Config, stage: str, settings: dict, name: str | None) -> list[di
             try:
                 found.append(CURVES[stage](cfg, seed, settings))
             except Exception as error:                                       # a crash is an answer too, and told
-                found.append({"crash": f"{type(error).__name__}: {error}"[:200]})
+                found.append([{"crash": [f"{type(error).__name__}: {error}"[:200]]}])
     return found
 
 
@@ -153,66 +166,99 @@ def judge(name: str | None) -> dict[str, str]:
     return failed
 
 
+def write(file: Path, result: dict) -> None:
+    """A table of a curve is a line."""
+    common.atomic_write(file, json.dumps(result, separators=(",", ":")).replace('{"step":', '\n{"step":') + "\n")
+
+
 def measure(cfg: Config, file: Path) -> dict:
     assert not cfg.certificates or not (failed := judge(None)), f"without any bug these fail: {failed}"
     settings = {"seeds": list(cfg.seeds), "steps": cfg.steps, "batch_size": cfg.batch_size}
-    result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-              **settings, "bugs": {}, "sound": {}}
-    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"bugs": {}}
-    if cfg.resume and all(old.get(key) == value for key, value in settings.items()):
-        result = old
+    result = {"command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "git": common.git_hash(),
+              "torch": torch.__version__, **settings, "bugs": {}, "sound": {}}
+    if cfg.resume and file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        result = old if all(old[key] == value for key, value in settings.items()) else result
+
     wanted = [item for item in bugs.BUGS.values() if not cfg.only or item.name in cfg.only]
     for item in wanted:                                                        # the table first: it is the proof
         if item.name not in result["bugs"]:
             key = f"{item.stage} {json.dumps(SETTINGS.get(item.name, {}))}"
-            known = old["bugs"].get(item.name, {}).get("caught", {})
-            caught = judge(item.name) if cfg.certificates else known
-            result["bugs"][item.name] = {"stage": item.stage, "sound": key, "caught": caught, "curves": []}
-            common.atomic_write(file, json.dumps(result) + "\n")
-            print(f"{item.name:24} {', '.join(result['bugs'][item.name]['caught'])}", flush=True)
+            caught = judge(item.name) if cfg.certificates else None            # None: nobody has asked
+            result["bugs"][item.name] = {"stage": item.stage, "shown": SHOWN.get(item.name, SHOWN[item.stage]),
+                                         "sound": key, "caught": caught, "curves": []}
+            write(file, result)
+            print(f"{item.name:24} {', '.join(caught or {})}", flush=True)
     for item in wanted if cfg.curves else ():
         entry, changes = result["bugs"][item.name], SETTINGS.get(item.name, {})
         if not entry["curves"]:
             if entry["sound"] not in result["sound"]:
                 result["sound"][entry["sound"]] = curves(cfg, item.stage, changes, None)
             entry["curves"] = curves(cfg, item.stage, changes, item.name)
-            common.atomic_write(file, json.dumps(result) + "\n")
-            print(f"{item.name:24} {last(entry, item.stage)}", flush=True)
+            write(file, result)
+            print(f"{item.name:24} {last(entry['curves'], entry['shown'])}", flush=True)
     return result
 
 
 # ---------------------------------------------------------------- table and figure
 
-def last(entry: dict, stage: str) -> str:
-    ends = [c[SHOWN[stage]][-1][1] if SHOWN[stage] in c else None for c in entry["curves"]]
+def last(curves: list[Curve], shown: str) -> str:
+    ends = [points(c, shown)[-1][1] if points(c, shown) else None for c in curves]
     return "not run" if not ends else " / ".join("crash" if x is None else f"{x:.3f}" for x in ends)
 
 
-def seen(entry: dict, sound: list[dict], stage: str) -> bool:
-    """Whether every seed ends outside what the sound runs reached, widened by half their range."""
-    ends = [c[SHOWN[stage]][-1][1] for c in sound]
-    low, high = min(ends), max(ends)
-    margin = 0.5 * (high - low) + 0.002
-    return all(SHOWN[stage] not in c or not low - margin <= c[SHOWN[stage]][-1][1] <= high + margin
-               for c in entry["curves"])
+def seen(entry: dict, sound: list[Curve]) -> bool:
+    """Whether every seed ends outside what the sound runs reached, widened on either side by half their range and
+    0.002. A crash is seen."""
+    ends = [points(c, entry["shown"])[-1][1] for c in sound]
+    margin = 0.5 * (max(ends) - min(ends)) + 0.002
+    return all(not (found := points(c, entry["shown"])) or not
+               min(ends) - margin <= found[-1][1] <= max(ends) + margin for c in entry["curves"])
+
+
+def figures(curves: list[Curve], sign: bugs.Sign) -> list[float]:
+    """What the sign speaks of, in each run."""
+    if sign.metric == "crash":
+        return [float("crash" in c[0]) for c in curves]
+    values = [[y for _, y in points(c, sign.metric)] for c in curves]
+    return [{"first": v[0], "last": v[-1], "mean": statistics.mean(v)}[sign.when] for v in values]
+
+
+def shows(sign: bugs.Sign, curves: list[Curve], sound: list[Curve]) -> bool:
+    """Whether every run with the bug is beyond every sound one."""
+    here, there = figures(curves, sign), figures(sound, sign)
+    return min(here) > max(there) if sign.way == "higher" else max(here) < min(there)
+
+
+def measured(sign: bugs.Sign, curves: list[Curve], sound: list[Curve]) -> str:
+    here, there = (" / ".join(f"{x:.3g}" for x in figures(some, sign)) for some in (curves, sound))
+    return f"`{sign.metric}` ({sign.when}) {sign.way}: {here}, sound {there}"
 
 
 def table(result: dict) -> str:
-    """zoo.md: two tables, what catches each bug, and how to recognise it."""
-    lines = ["# The bug zoo", "", f"Made by `make zoo`, {result['date']}, torch {result['torch']}. Regret is "
-             "(J* - J) / (J* - J of the reference) by enumeration, "
-             f"after {result['steps']} updates of {result['batch_size']} answers, seeds "
-             f"{', '.join(map(str, result['seeds']))}. \"Curve\" says whether all seeds end outside the range of "
-             "sound runs.", "", "| bug | caught by | stage | figure at the end | sound | curve |",
-             "|---|---|---|---|---|---|"]
+    """zoo.md: what catches each bug, what its curve and its log show, how to recognise it, what is not here."""
+    lines = ["# The bug zoo", "", f"Made by `{result['command']}`, {result['date']}, commit "
+             f"{result['git'][:7]}{result['git'][40:]}, torch {result['torch']}. Regret is (J* - J) / "
+             f"(J* - J of the reference) by enumeration, after {result['steps']} updates of {result['batch_size']} "
+             "answers; accuracy and loss are against the true reward and by plain log-softmax. Seeds "
+             f"{', '.join(map(str, result['seeds']))}.", "",
+             '"Curve" looks at this one true figure at the end of these short runs: "shows it" where every seed ends '
+             "outside the range of the sound runs of the same seeds, widened on either side by half of that range and "
+             '0.002; else "looks sound". It says nothing of longer runs. The symptom is what the log shows, over the '
+             "whole run (mean), in its first or in its last line: there every seed with the bug is beyond every sound "
+             "one.", "", "| bug | caught by | figure | with the bug | sound | curve | symptom |",
+             "|---|---|---|---|---|---|---|"]
     for name, entry in result["bugs"].items():
-        sound = result["sound"].get(entry["sound"], [])
-        shows = "" if not entry["curves"] else "shows it" if seen(entry, sound, entry["stage"]) else "looks sound"
-        lines.append(f"| `{name}` | {', '.join(entry['caught']) or '**nothing**'} | {entry['stage']} "
-                     f"{SHOWN[entry['stage']].split('/')[-1]} | {last(entry, entry['stage'])} | "
-                     f"{last({'curves': sound}, entry['stage'])} | {shows} |")
+        sound, caught = result["sound"].get(entry["sound"], []), entry["caught"]
+        said = "; ".join(measured(sign, entry["curves"], sound) for sign in bugs.BUGS[name].signs if entry["curves"])
+        looks = "" if not entry["curves"] else "shows it" if seen(entry, sound) else "looks sound"
+        lines.append(f"| `{name}` | {'not asked' if caught is None else ', '.join(caught) or '**nothing**'} | "
+                     f"{entry['stage']} {entry['shown'].split('/')[-1]} | {last(entry['curves'], entry['shown'])} | "
+                     f"{last(sound, entry['shown'])} | {looks} | {said or 'none'} |")
     lines += ["", "| bug | diagnosis | 诊断 |", "|---|---|---|"]
     lines += [f"| `{name}` | {item.en} | {item.zh} |" for name, item in bugs.BUGS.items()]
+    lines += ["", "Not here, as no patch over our functions would have a curve on the tree:", ""]
+    lines += [f"- {what}: {why} (`{test}`)" for what, why, test in bugs.ABSENT]
     return "\n".join(lines) + "\n"
 
 
@@ -222,14 +268,15 @@ def draw(result: dict) -> str:
     for name, entry in result["bugs"].items():
         if not entry["curves"]:
             continue
-        what = SHOWN[entry["stage"]]
-        sound = [c[what] for c in result["sound"][entry["sound"]]]
+        what = entry["shown"]
+        sound = [points(c, what) for c in result["sound"][entry["sound"]]]
         band = [(x, min(ys), statistics.median(ys), max(ys))
-                for x, ys in ((points[0][0], [y for _, y in points]) for points in zip(*sound))]
-        lines = [figure.Line(c[what], colour="#c0392b") for c in entry["curves"] if what in c]
+                for x, ys in ((at[0][0], [y for _, y in at]) for at in zip(*sound))]
+        lines = [figure.Line(points(c, what), colour="#c0392b") for c in entry["curves"] if points(c, what)]
         lines += [figure.Line([(x, m) for x, _, m, _ in band], [(x, low, high) for x, low, _, high in band], "#2c6fbb")]
-        top = 1.25 if entry["stage"] == "ppo" else None
-        panels.append(figure.Panel(f"{name}", lines, y=what.split("/")[-1], top=top, bottom=0 if top else None))
+        top = 1.25 if what == "exact/regret" else None
+        title = name if len(lines) > 1 else f"{name} (crashes)"
+        panels.append(figure.Panel(title, lines, y=what.split("/")[-1], top=top, bottom=0 if top else None))
     return figure.grid(panels, columns=5, title="What training shows of each bug (red: with the bug; blue: sound)")
 
 
@@ -241,16 +288,16 @@ def main(cfg: Config) -> bool:
     if not cfg.draw:
         measure(cfg, file)
     result = json.loads(file.read_text(encoding="utf-8"))
-    if not any(entry["caught"] for entry in result["bugs"].values()):          # logs alone: they are for check.py
+    if any(entry["caught"] is None for entry in result["bugs"].values()):      # logs alone: they are for check.py
         return True
     common.atomic_write(file.with_suffix(".md"), table(result))
     drawn = any(entry["curves"] for entry in result["bugs"].values())
     common.atomic_write(file.with_suffix(".svg"), draw(result) if drawn else "")
     free = [name for name, entry in result["bugs"].items() if not entry["caught"]]
-    hidden = sum(not seen(e, result["sound"][e["sound"]], e["stage"]) for e in result["bugs"].values() if e["curves"])
+    hidden = sum(not seen(e, result["sound"][e["sound"]]) for e in result["bugs"].values() if e["curves"])
     return common.gate("zoo", [("every bug is caught", not free, f"{len(result['bugs']) - len(free)} of "
                                 f"{len(result['bugs'])}" + (f", free: {', '.join(free)}" if free else "")),
-                               ("bugs that no curve shows", True, str(hidden))])
+                               ("bugs whose curve looks sound", True, str(hidden))])
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ import json
 import math
 import random
 import re
-from pathlib import Path
-
-
 import statistics
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,11 +182,13 @@ def log_of(name: str | None, steps: int = 2) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("name", ["temperature_forgotten", "mask_forgotten", "dropout_in_scoring", "greedy_rollouts",
                                   "reference_is_the_base", "score_on_every_token", "kl_missing", "k3_in_reward",
-                                  "mean_of_means", "stale_sampler", "score_behind_the_end", "missing_end_ignored",
+                                  "stale_sampler", "score_behind_the_end", "score_one_late", "score_on_padding",
+                                  "missing_end_ignored", "padding_in_the_log", "top_k_rollouts",
                                   "value_through_padding", "whiten_over_padding", "returns_whitened", "clip_min_max",
                                   "value_clip_min_max", "norms_left_trainable", "merge_by_subtraction"])
 def test_the_exact_rules_name_the_bug_after_few_updates(name):
-    found = check.diagnose("ppo", *log_of(name, {"stale_sampler": 4, "returns_whitened": 6}.get(name, 2)))
+    steps = {"stale_sampler": 4, "returns_whitened": 6, "padding_in_the_log": 8}.get(name, 2)
+    found = check.diagnose("ppo", *log_of(name, steps))
     assert found and name in found[0][0].bugs, [(rule.cause, saw) for rule, saw in found]
 
 
@@ -208,7 +208,7 @@ REWARD = {"loss": [0.69, 0.5, 0.48, 0.5], "eval/loss": [0.7, 0.5], "eval/accurac
     ("sft", {}, None), ("reward", {}, None),
     ("sft", {"loss_weight": [1.0, 1.9, 1.0]}, "prompt_supervised"),
     ("sft", {"loss_weight": [0.7] * 3, "num_end_tokens": [0.0] * 3}, "end_not_supervised"),
-    ("sft", {"loss": [5.6, 5.2, 4.8]}, "sft_mean_of_means"), ("sft", {"eval/packing_gap": [4e-3]}, "packing_leaks"),
+    ("sft", {"eval/packing_gap": [4e-3]}, "packing_leaks"),
     ("sft", {"eval/loss": [1.3, 0.01]}, "no_shift"), ("sft", {"eval/eos_rate": [0.5, 0.1]}, "end_not_supervised"),
     ("reward", {"eval/saved_gap": [0.3]}, "head_lost_on_save"),
     ("reward", {"eval/padding_gap": [0.4]}, "score_at_last_column"),
@@ -217,6 +217,29 @@ REWARD = {"loss": [0.69, 0.5, 0.48, 0.5], "eval/loss": [0.7, 0.5], "eval/accurac
 def test_rules_of_sft_and_reward_read_the_figures_of_their_scripts(stage, change, bug):
     found = check.diagnose(stage, {**(SFT if stage == "sft" else REWARD), **change}, {})
     assert [rule.bugs[:1] for rule, _ in found[:1]] == ([(bug,)] if bug else [])
+
+
+@pytest.mark.parametrize("settings, healthy", [({"tolerance": 1e-3}, 1e-3), ({"tolerance": 1e-3, "merge": True}, 1e-3),
+                                               ({"tolerance": 2e-2}, 0.03), ({"tolerance": 2e-2, "merge": True}, 0.05)])
+def test_a_sampler_may_be_as_far_off_as_its_arithmetic_makes_it(settings, healthy):
+    """What docs/metrics.md calls healthy is, and three times as much is not; at first a difference, later a stale
+    sampler."""
+    def causes(gaps):
+        return [rule.bugs[0] for rule, _ in check.diagnose("ppo", {"val/sampler_gap": gaps}, settings)]
+
+    assert causes([healthy] * 10) == [] and causes([1e-7] * 5 + [healthy] * 5) == []
+    assert causes([3 * healthy] * 10) == ["temperature_forgotten"]
+    assert causes([1e-7] * 5 + [3 * healthy] * 5) == ["stale_sampler"]
+
+
+@pytest.mark.parametrize("change, said", [({}, False), ({"policy/surrogate_avg": [0.08, 0.3]}, True),
+                                          ({"val/error_avg": [0.9, 1.0]}, True),
+                                          ({"val/error_avg": [1.1, 1.0]}, False)])
+def test_without_a_clipped_token_the_loss_is_the_logged_mean(change, said):
+    """The second update clips and may differ; an error above twice the loss is a mistake of the clip."""
+    log = {"loss/policy_avg": [-0.1, -0.1], "policy/surrogate_avg": [0.1, 0.3], "policy/clipfrac_avg": [0.0, 0.2],
+           "loss/value_avg": [0.5, 0.9], "val/error_avg": [1.0, 1.0], "val/clipfrac_avg": [0.0, 0.3]}
+    assert bool(check.means_hold_padding(log | change, {})) == said
 
 
 def test_a_value_without_variance_to_explain_is_no_failure():

@@ -27,7 +27,7 @@ test: $(VENV)/test
 bands: $(VENV)/core
 	$(PY) demo.py --bands --out_dir out/bands
 	$(PY) course/tree.py --bands
-	$(PY) course/randomwalks.py --bands --seeds $(SEEDS)
+	$(PY) course/randomwalks.py --bands
 	$(PY) course/goodhart.py --seeds $(SEEDS) --out_dir docs/results
 	$(PY) course/goodhart.py --bands --out_dir docs/results
 	$(PY) bands.py

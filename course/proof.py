@@ -2,7 +2,7 @@
 
     optimum       PPO on the enumerable tree: whole models and adapters on one base, paid by the true reward and by a
                   learned reward model, at two prices of KL, five seeds: the regret against the closed-form optimum
-    adaptive KL   the controller holds 1 and 2 nats with real PPO
+    adaptive      the controller holds 1 and 2 nats with real PPO
     ceiling       the reward model against the accuracy that its labels allow (course/ceiling.py)
     randomwalks   three seeds (course/randomwalks.py)
     trlx          the same with trlx's own loss (course/peer_trlx.py), where --trlx names a checkout of it
@@ -41,7 +41,7 @@ RESULTS = record.ROOT / "docs" / "results"
 class Config:
     # --- proof ---
     only: tuple[str, ...] = ()         # parts; empty: all
-    seeds: tuple[int, ...] = (10, 11, 12, 13, 14)      # 0 to 4 are those that settings and thresholds were made with
+    seeds: tuple[int, ...] = (30, 31, 32, 33, 34)      # 0 to 24 are those that settings and thresholds were made with
     trlx: str = ""                     # a checkout of github.com/CarperAI/trlx, for its curve on randomwalks
     workers: int = 0                   # runs at a time; 0: as many as there are cores
     out_dir: str = str(RESULTS)
@@ -49,15 +49,16 @@ class Config:
 
 # ---------------------------------------------------------------- the known optimum
 
-# Whole models take the steps of the anchor; adapters start from B = 0 and take larger ones.
-LAYOUTS = {"separate models": {"lora_r": 0, "lr": 1e-3, "value_lr": 1e-3},
-           "adapters on one base": {"lora_r": 8, "lr": 3e-3, "value_lr": 3e-3}}
+# The value learns twice as fast as the policy. With equal rates, in either layout, one seed of some fifteen at beta 0.1
+# was certain of a second-best answer before it had drawn the best one, and stayed there.
+LAYOUTS = {"separate models": {"lora_r": 0, "lr": 5e-4, "value_lr": 1e-3, "steps": 90},
+           "adapters on one base": {"lora_r": 8, "lr": 1.5e-3, "value_lr": 3e-3, "steps": 90}}
 
 
-def optimum(seed: int, beta: float, layout: str, judge: str, steps: int = 60) -> dict:
+def optimum(seed: int, beta: float, layout: str, judge: str) -> dict:
     """The exact regret along one run; at the start the ratio is 1 and the KL 0. Where the judge is learned, on one base
     an adapter beside the other three, the optimum is that of what it says; the true reward is kept beside it."""
-    cfg = tree.config(seed=seed, kl_coef=beta, steps=steps, **LAYOUTS[layout])
+    cfg = tree.config(seed=seed, kl_coef=beta, **LAYOUTS[layout])
     history = tree.train(tree.build(cfg, learned=judge == "learned"), cfg, every=4)
     first, last = history[0], history[-1]
     return {"seed": seed, "beta": beta, "layout": layout, "judge": judge, "first_gap": first["val/first_ratio_gap"],
@@ -65,11 +66,12 @@ def optimum(seed: int, beta: float, layout: str, judge: str, steps: int = 60) ->
             "regret": [[row["step"], row["exact/regret"]] for row in history if "exact/regret" in row]}
 
 
-def held_kl(seed: int, target: float, steps: int = 150) -> dict:
-    """Mean KL of the last 30 updates under the adaptive controller."""
+def held_kl(seed: int, target: float, steps: int = 300) -> dict:
+    """Mean KL of the last 100 updates under the adaptive controller, which swings about its target with a period of
+    about 40."""
     cfg = tree.config(seed=seed, steps=steps, temperature=1.0, kl_coef=0.1, kl_target=target, kl_horizon=1000)
     history = tree.train(tree.build(cfg), cfg, every=steps)
-    return {"seed": seed, "target": target, "kl": statistics.mean(row["objective/kl"] for row in history[-30:]),
+    return {"seed": seed, "target": target, "kl": statistics.mean(row["objective/kl"] for row in history[-100:]),
             "beta": history[-1]["kl_coef"], "curve": [round(row["objective/kl"], 4) for row in history]}
 
 
@@ -133,7 +135,7 @@ def parts(cfg: Config) -> dict:
             "memory": [(memory_of_7b, ())],
             "optimum": [(optimum, (seed, beta, layout, judge)) for layout in LAYOUTS for judge in ("true", "learned")
                         for beta in (0.3, 0.1) for seed in cfg.seeds],
-            "adaptive KL": [(held_kl, (seed, target)) for target in (1.0, 2.0) for seed in cfg.seeds[:3]],
+            "adaptive": [(held_kl, (seed, target)) for target in (1.0, 2.0) for seed in cfg.seeds[:3]],
             "randomwalks": [(walks, (seed,)) for seed in cfg.seeds[:3]],
             "trlx": [(their_walks, (cfg.trlx, seed)) for seed in cfg.seeds[:3] if cfg.trlx],
             "ceiling": [(learned, (pairs, k)) for pairs, k in ((2000, 2), (10000, 2), (40000, 2), (100000, 2),
@@ -181,8 +183,8 @@ def verdicts(found: dict) -> list[tuple[str, bool, str]]:
         gap, first = (max(r[what] for r in rows) for what in ("first_gap", "first_kl"))
         checks.append(("before the first step ratio 1 and KL 0", gap <= 1e-6 and first == 0,
                        f"log ratio {gap:.1g} and KL {first:.1g} at most"))
-    for target in dict.fromkeys(r["target"] for r in found.get("adaptive KL", [])):
-        held = [r["kl"] for r in found["adaptive KL"] if r["target"] == target]
+    for target in dict.fromkeys(r["target"] for r in found.get("adaptive", [])):
+        held = [r["kl"] for r in found["adaptive"] if r["target"] == target]
         checks.append((f"KL held at {target:g}", all(abs(x / target - 1) <= 0.05 for x in held),
                        ", ".join(f"{x:.3f}" for x in held)))
     if rows := found.get("randomwalks"):
@@ -245,12 +247,12 @@ def draw(found: dict) -> str:
         lines = [figure.Line([tuple(p) for p in r["regret"]]) for r in rows]
         limit = figure.Line([(0, 0.02), (lines[0].points[-1][0], 0.02)], colour="#c0392b", dashed=True)
         panels.append(figure.Panel(setting, [*lines, limit], "updates", "regret (dashed: 0.02)", 0.0, 0.3))
-    if "adaptive KL" in found:
+    if "adaptive" in found:
         colours = dict(zip((1.0, 2.0), ("#2c6fbb", "#2e8b57")))
         lines = [figure.Line(list(enumerate(r["curve"])), colour=colours[r["target"]])
-                 for r in found["adaptive KL"]]
+                 for r in found["adaptive"]]
         lines += [figure.Line([(0, r["target"]), (len(r["curve"]), r["target"])], colour="#8a8a8a", dashed=True)
-                  for r in found["adaptive KL"]]
+                  for r in found["adaptive"]]
         panels.append(figure.Panel("adaptive KL", lines, "updates", "nats per answer"))
     if "ceiling" in found:
         rows = [r for r in found["ceiling"] if r["k"] == 2]

@@ -9,7 +9,7 @@ It is a demonstration more than a proof: five of the eight classic mistakes that
 certificates do not let them). The graph is that of seed 1000, as in the original.
 
     python course/randomwalks.py               # -> out/randomwalks, a run folder for report.py and check.py
-    python course/randomwalks.py --bands       # five seeds -> course/expected/randomwalks.json
+    python course/randomwalks.py --bands       # ten seeds -> course/expected/randomwalks.json
 """
 import statistics
 import sys
@@ -46,6 +46,7 @@ class Config(ppo.Config):
     response_len: int = ROOM
     kl_coef: float = 0.0
     missing_eos: float | None = None
+    ppo_epochs: int = 2                # with four, one seed of sixteen stayed with a second-best path of one node
     lr: float = 3e-4
     value_lr: float = 1e-3
     schedule: str = "constant"
@@ -54,7 +55,7 @@ class Config(ppo.Config):
     # --- expected curves ---
     expected: str = "course/expected/randomwalks.json" # drawn behind this run's, where the settings are the same
     bands: bool = False                # run all seeds and write that file
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = tuple(range(10))
 
 
 class Graph:

@@ -387,7 +387,7 @@ def certified(**changes) -> dict[str, bool]:
              "two trained whole": 242.6, "two by hand": 242.6}
     run = {"layout": "l", "judge": "true", "beta": 0.1, "first_gap": x["gap"], "first_kl": 0.0}
     found = {"optimum": [{**run, "seed": s, "regret": [[60, r]]} for s, r in ((10, 0.001), (11, x["regret"]))],
-             "adaptive KL": [{"target": 1.0, "kl": 1.0}, {"target": 1.0, "kl": x["kl"]}],
+             "adaptive": [{"target": 1.0, "kl": 1.0}, {"target": 1.0, "kl": x["kl"]}],
              "randomwalks": [{"fine-tuned": 0.3, "optimality": [0.99] * 100},
                              {"fine-tuned": x["start"], "optimality": curve}],
              "memory": [sizes], "certificates": [{"name": "exact gradient", **gradient},

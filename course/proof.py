@@ -246,7 +246,8 @@ def draw(found: dict) -> str:
     for setting, rows in settings(found).items():
         lines = [figure.Line([tuple(p) for p in r["regret"]]) for r in rows]
         limit = figure.Line([(0, 0.02), (lines[0].points[-1][0], 0.02)], colour="#c0392b", dashed=True)
-        panels.append(figure.Panel(setting, [*lines, limit], "updates", "regret (dashed: 0.02)", 0.0, 0.3))
+        short = setting.replace(" models", "").replace(" on one base", "")
+        panels.append(figure.Panel(short, [*lines, limit], "updates", "regret (dashed: 0.02)", 0.0, 0.3))
     if "adaptive" in found:
         colours = dict(zip((1.0, 2.0), ("#2c6fbb", "#2e8b57")))
         lines = [figure.Line(list(enumerate(r["curve"])), colour=colours[r["target"]])
@@ -261,7 +262,7 @@ def draw(found: dict) -> str:
             figure.Line(list(zip(xs, (r["accuracy"] for r in rows))), dots=True, label="accuracy"),
             figure.Line(list(zip(xs, (r["ceiling"] for r in rows))), colour="#8a8a8a", dashed=True, label="ceiling"),
             figure.Line([(xs[-1], r["accuracy"]) for r in found["ceiling"] if r["k"] == 4], colour="#c0392b",
-                        dots=True, label="K = 4")], "log10 of pairs", "held-out labels"))
+                        dots=True, label="K = 4")], "log10 of pairs", "held-out labels", 0.7, 0.84, legend="bottom"))
     if "randomwalks" in found:
         lines = [figure.Line(list(enumerate(r["optimality"], 1)), colour=colour, label=label if not i else "")
                  for name, colour, label in (("trlx", "#c0392b", "trlx's loss"), ("randomwalks", "#2c6fbb", "ours"))

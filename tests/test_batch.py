@@ -147,6 +147,12 @@ def test_the_mask_comes_from_the_place_not_from_the_id():
     assert batch.pad([[5, 2], [7, 8, 2]], 2)[1].tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
+@pytest.mark.parametrize(("sequences", "side", "told"), [([], "left", "0 sequences"), ([[1]], "up", "on the up")])
+def test_pad_refuses_what_it_cannot_pad(sequences, side, told):
+    with pytest.raises(AssertionError, match=told):
+        batch.pad(sequences, 0, side)
+
+
 def samples_of(lengths) -> list[dict]:
     return [{"ids": [10 + i] * n, "mask": [1] * n, "where": f"f:{i}"} for i, n in enumerate(lengths)]
 

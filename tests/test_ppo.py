@@ -5,6 +5,7 @@ a mean, a swapped max. So the indices are tested one by one, and the gradient of
 gradient of the objective, summed over every answer that exists. The ids in brackets (P1, P18, ...) number the details
 of PPO.
 """
+import inspect
 import itertools
 import math
 from types import SimpleNamespace
@@ -43,6 +44,18 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 # ---------------------------------------------------------------- log-probabilities
+
+def test_the_defaults_of_the_maths_are_those_of_the_command_line():
+    """Here callers always say them; a reader in a notebook does not."""
+    cfg = ppo.Config()
+    for function, names in ((ppo.logprobs, {"temperature": cfg.temperature}),
+                            (ppo.token_logprobs, {"temperature": cfg.temperature}),
+                            (ppo.gae, {"gamma": cfg.gamma, "lam": cfg.lam}),
+                            (ppo.policy_loss, {"clip": cfg.clip}), (ppo.value_loss, {"clip": cfg.value_clip}),
+                            (ppo.policy_logprobs, {"entropy": False})):
+        told = inspect.signature(function).parameters
+        assert {name: told[name].default for name in names} == names, function.__name__
+
 
 def test_p1_logprobs_by_hand():
     """(P1) Logits 0 and log 3: p = 1/4, 3/4. ids 0 1 0 -> log 3/4 = -0.2877, log 1/4 = -1.3863.

@@ -7,7 +7,7 @@ certificates; one that survives them is written into a copy of the repository, w
 judged by the other certificates. All of them must be green with the function unchanged. What survives is listed; it
 must be explained or killed.
 
-    python course/mutants.py                   # -> docs/results/mutants.json, mutants.md   (an hour; make mutants)
+    python course/mutants.py                   # -> docs/results/mutants.json, mutants.md   (half an hour; make mutants)
     python course/mutants.py --only ppo.gae,ppo.whiten         # anew; the others keep their record
 """
 import ast

@@ -164,6 +164,13 @@ def test_the_tree_has_121_answers_and_its_rewards_are_those_of_its_rule():
     assert one.tolist() == [tree.true_reward(p, y) for p in tree.PROMPTS for y in answers]
 
 
+def test_the_optimum_without_a_price_of_kl_is_the_best_answer():
+    exact = tree.Exact(tree.build(tree.config(kl_coef=0.0)), tree.config(kl_coef=0.0))
+    small = tree.Exact(tree.build(tree.config(kl_coef=1e-4)), tree.config(kl_coef=1e-4))
+    assert float(exact.optimum()) == pytest.approx(2.0)                        # "ab" and its first letter and three
+    assert float(small.optimum()) == pytest.approx(float(exact.optimum()), abs=2e-3)
+
+
 def test_nothing_beats_the_closed_form_optimum():
     """p* has the objective J*, and 200 other policies have less."""
     cfg = tree.config()

@@ -23,6 +23,7 @@ from hypothesis import settings  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from model import ModelConfig, Transformer  # noqa: E402
+from sampling import can_pack  # noqa: E402
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)                                   # tests are many small matrices: more threads only wait
@@ -30,6 +31,9 @@ if "OMP_NUM_THREADS" not in os.environ:
 # The same examples on every run, no folder of found examples in the repository, and no time limit on a busy machine.
 settings.register_profile("chatpixiu", derandomize=True, database=None, deadline=None)
 settings.load_profile("chatpixiu")
+
+needs_packing = pytest.mark.skipif(not can_pack(), reason="this CPU's library packs no bf16 matrices: models sample "
+                                                          "with plain ones here, which the other tests see")
 
 
 def tiny_config(**changes) -> ModelConfig:

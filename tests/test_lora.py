@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, error, hf_config, hf_state, random_ids, randomize, tiny_config, tiny_model, twins
+from conftest import (
+    assert_close,
+    error,
+    hf_config,
+    hf_state,
+    needs_packing,
+    random_ids,
+    randomize,
+    tiny_config,
+    tiny_model,
+    twins,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -575,6 +586,7 @@ def is_packed(module: torch.nn.Module) -> bool:
     return "forward" in vars(module)
 
 
+@needs_packing
 @pytest.mark.parametrize("shape", [(3, 1), (2, 5)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_packed_gives_the_bits_of_use(shape, bias):
@@ -596,6 +608,7 @@ def test_packed_gives_the_bits_of_use(shape, bias):
         assert torch.equal(model(ids), expected)
 
 
+@needs_packing
 def test_packed_falls_back_to_use_where_it_cannot_pack(monkeypatch):
     model = tiny_model()
     lora.apply(model, 4, 8.0, name="a")
@@ -614,6 +627,7 @@ def test_packed_falls_back_to_use_where_it_cannot_pack(monkeypatch):
     assert sampling.can_pack(), "was anything tested?"
 
 
+@needs_packing
 def test_packing_a_merged_model_refuses_another_adapter():
     model = tiny_model().bfloat16()
     for name in ("a", "b"):

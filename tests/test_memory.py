@@ -97,6 +97,8 @@ def test_scripts_ask_for_the_device_they_run_on(script, monkeypatch):
 @pytest.mark.parametrize("merge", [False, True])
 def test_packed_matrices_of_a_cpu_are_counted(merge, monkeypatch):
     """Their bytes are those that `sampling.packed` lays out; no copy in fp32, four bits, on a card, of large models."""
+    for module in (memory, sampling):                      # arithmetic: also where this machine's CPU cannot
+        monkeypatch.setattr(module, "can_pack", lambda: True)
     config = tiny_config(tie_embeddings=True)
     settings, on_cpu = {"batch": 1, "prompt": 4, "response": 4, "rollout": 2, "merge": merge}, {**BF16, "device": "cpu"}
     table = memory.estimate(config, "ppo", **settings, **on_cpu)

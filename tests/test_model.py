@@ -5,7 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, error, hf_config, hf_state, random_ids, randomize, tiny_config, tiny_model, twins
+from conftest import (
+    assert_close,
+    error,
+    hf_config,
+    hf_state,
+    needs_packing,
+    random_ids,
+    randomize,
+    tiny_config,
+    tiny_model,
+    twins,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -856,6 +867,7 @@ def test_sampling_rounds_as_scoring_does(length):
     assert float(gap.mean()) < 1e-4, (float(gap.mean()), float(gap.max()))
 
 
+@needs_packing
 def test_a_packed_model_is_the_same_in_bf16():
     """The bits of every linear with and without a bias, of the head too; undone afterwards; in fp32 nothing happens."""
     model = tiny_model(qkv_bias=True, mlp_bias=True)

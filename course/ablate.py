@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -275,7 +276,8 @@ def table(cfg: Config, runs: dict[str, list[Curve]], about: str) -> str:
 def draw(cfg: Config, runs: dict[str, list[Curve]]) -> str:
     usual, x = runs["as it is"], "updates" if WORLDS[cfg.on][0] == "ppo" else "steps"
     panels = [figure.Panel(name + " (no effect possible)" * (curves == usual),
-                           [band(usual, "#2c6fbb"), band(curves, "#c0392b")], x, difference(cfg.on, name))
+                           [band(usual, "#2c6fbb"), band(curves, "#c0392b")], x,
+                           textwrap.shorten(difference(cfg.on, name), 46, placeholder=" ..."))
               for name, curves in runs.items() if name != "as it is"]
     return figure.grid(panels, 4, f"{WORLDS[cfg.on][2]} on {cfg.on}, one detail at a time (blue: as it is, red: "
                        f"switched): median and range of {len(usual)} seeds")

@@ -13,8 +13,8 @@ the reward model, and afterwards we ask the judge whether pleasing the one has p
 The rankings are noisy like people: a Plackett-Luce draw, so that for any two answers
 P(a above b) = sigmoid(SHARPNESS * (gold(a) - gold(b))), which is the Bradley-Terry coin.
 
-    python demo.py                            # everything into out/demo, about ten minutes on two cores
-    python demo.py --bands                    # eight seeds; their spread becomes the bands of the gates
+    python demo.py                            # everything into out/demo, ten to twenty minutes on two cores
+    python demo.py --bands                    # seven seeds; their spread becomes the bands of the gates
 """
 import dataclasses
 import json
@@ -200,7 +200,7 @@ class Config:
     seed: int = 0                      # everything random hangs on it: two runs with one seed give one report
     out_dir: str = "out/demo"          # runs of the three stages, the labels and report.html
     # --- bands ---
-    bands: bool = False                # run all seeds and write course/expected/demo.json (two hours on a laptop)
+    bands: bool = False                # run all seeds and write course/expected/demo.json (hours on a laptop)
     seeds: tuple[int, ...] = tuple(range(7))   # of the bands; finished ones are kept when it is started again
 
 

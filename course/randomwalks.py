@@ -5,8 +5,8 @@ PPO is paid by optimality, without a price of KL:
 
     optimality = (10 - L) / (10 - L*)      L nodes of the path, L* of the shortest; 10 for one that does not arrive
 
-It is a demonstration more than a proof: five of the eight classic mistakes that can be made here pass it (the zoo's
-certificates do not let them). The graph is that of seed 1000, as in the original.
+It is a demonstration more than a proof: several classic mistakes pass it (the zoo's certificates do not let
+them). The graph is that of seed 1000, as in the original.
 
     python course/randomwalks.py               # -> out/randomwalks, a run folder for report.py and check.py
     python course/randomwalks.py --bands       # ten seeds -> course/expected/randomwalks.json
